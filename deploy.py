@@ -1,0 +1,47 @@
+"""What runs where: pyinfra inventory.py deploy.py [--data only=haproxy,dns]
+
+Installs or converges the whole stack. A second run changes nothing.
+"""
+
+from pyinfra import host
+
+from tasks import base, consul, dns, docker, haproxy, nomad, preflight, registry
+
+ROLES = ["base", "consul", "docker", "dns", "nomad", "registry", "haproxy"]
+
+preflight.check_hosts()
+roles = preflight.wanted(ROLES)
+preflight.check_groups()
+preflight.check_host()
+preflight.stop_at_first_failure(name="Stop at the first failure")
+
+is_worker = "workers" in host.groups
+is_proxy = "proxies" in host.groups
+
+if "docker" in roles and is_worker:
+    docker.configure()
+if "base" in roles:
+    base.configure()
+if "consul" in roles:
+    consul.install()
+    consul.start()
+if "base" in roles:
+    base.install()
+if "docker" in roles and is_worker:
+    docker.start()
+if "dns" in roles:
+    dns.install()
+if "nomad" in roles and is_worker:
+    nomad.install()
+    nomad.start()
+if "consul" in roles:
+    consul.roll()
+if "nomad" in roles and is_worker:
+    nomad.roll()
+if "docker" in roles and is_worker:
+    docker.roll()
+if "registry" in roles and is_worker:
+    registry.install()
+    registry.run()
+if "haproxy" in roles and is_proxy:
+    haproxy.install()

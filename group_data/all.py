@@ -1,0 +1,74 @@
+"""Every knob, by role. A knob changes here, in a group's own file, in inventory.py, or by --data."""
+
+_sudo = True  # pyinfra logs in as an ordinary user
+
+# What runs the app: "nomad", or "docker" (pyinfra itself rolls the app's containers).
+scheduler = "nomad"
+
+# Roles to run: --data only=haproxy,dns. Empty: all.
+only = ""
+# Stop a server although the cluster cannot spare one: --data accept_outage=true.
+accept_outage = False
+
+# Versions, and where their zips come from (tasks/mirror.py). "" = the publisher's site.
+artifact_mirror = ""
+consul_version = "1.22.3"
+consul_template_version = "0.43.0"
+nomad_version = "2.0.5"
+
+# How long a restarted member may take to recover, and a gate to open, in seconds.
+roll_deadline_s = 180
+
+# base
+base_packages = ["ca-certificates", "dnsmasq-base", "systemd-timesyncd", "unzip"]
+base_sysctl = {
+    "net.core.somaxconn": 4096,  # HAProxy's listen backlog
+}
+base_journal_max = "200M"
+
+# consul
+consul_datacenter = "dc1"
+consul_http_address = "127.0.0.1"
+consul_http_port = 8500
+consul_dns_port = 8600
+consul_raft_multiplier = 1  # 1 = production timing, 5 = for slow machines
+
+# docker
+docker_packages = ["docker.io", "iptables", "skopeo"]
+docker_bip = "172.17.0.1/16"
+docker_address_pool = "172.18.0.0/16"
+docker_log_max_size = "10m"
+docker_log_max_file = 3
+
+# nomad
+nomad_region = "global"
+nomad_http_address = "127.0.0.1"
+nomad_http_port = 4646
+nomad_reserved_cpu_mhz = 200
+nomad_reserved_memory_mb = 256
+nomad_image_delay = "720h"  # images of old versions stay this long for a rollback
+
+# registry
+registry_port = 5000
+registry_image = "hashistack/registry:2"
+
+# haproxy
+haproxy_packages = ["haproxy", "socat"]
+haproxy_bind = "*"
+haproxy_http_port = 8080
+haproxy_stats_port = 8404
+haproxy_maxconn = 2000
+
+# app
+app_name = "app"
+app_folder = "app"
+app_first_version = "0.0.2"
+app_count = 3
+app_health_path = "/status"
+app_port = 8000
+app_env: dict[str, str] = {}
+app_cpu_mhz = 100
+app_memory_mb = 128
+app_base_image = "hashistack/app-base:1"
+app_shutdown_delay_s = 15
+app_kill_timeout_s = 25

@@ -1,0 +1,170 @@
+"""The cluster's APIs from the controller: python-consul2 and python-nomad through pyinfra's own SSH.
+
+Nothing but SSH has to reach the hosts: the APIs listen on their loopback, and a forward goes through
+the connection that pyinfra has opened, so it obeys the same keys, jump hosts and known hosts.
+"""
+
+from __future__ import annotations
+
+import os
+import socketserver
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Thread
+from typing import Any
+
+import consul
+import nomad
+import requests
+from paramiko import SSHException
+from paramiko.channel import Channel
+from paramiko.transport import Transport
+from pyinfra.api.host import Host
+
+# Both clients let these variables override their arguments: a stray one would address another cluster.
+for _name in [name for name in os.environ if name.startswith(("CONSUL_", "NOMAD_"))]:
+    del os.environ[_name]
+
+TIMEOUT_S = 10
+# What an API call may raise while an agent restarts or a leader is elected.
+Unavailable = (
+    consul.ConsulException,
+    nomad.api.exceptions.BaseNomadException,
+    requests.RequestException,
+    SSHException,
+    OSError,
+)
+
+
+class _Forward(socketserver.ThreadingTCPServer):
+    """A listener on a free loopback port whose connections end at `target`, seen from the host."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, transport: Transport, target: tuple[str, int]) -> None:
+        self.transport, self.target = transport, target
+        super().__init__(("127.0.0.1", 0), _Connection)
+
+
+class _Connection(socketserver.BaseRequestHandler):
+    server: _Forward
+
+    def handle(self) -> None:
+        try:
+            channel = self.server.transport.open_channel(
+                "direct-tcpip", self.server.target, self.request.getpeername(), timeout=TIMEOUT_S
+            )
+        except SSHException:
+            return  # nothing listens there: the caller sees a closed connection
+        with channel:
+            upload = Thread(target=_copy, args=(self.request.recv, channel), daemon=True)
+            upload.start()
+            _download(channel, self.request.sendall)
+
+
+def _copy(receive: Callable[[int], bytes], channel: Channel) -> None:
+    try:
+        while data := receive(65536):
+            channel.sendall(data)
+        channel.shutdown_write()
+    except OSError:
+        channel.close()
+
+
+def _download(channel: Channel, send: Callable[[bytes], None]) -> None:
+    try:
+        while data := channel.recv(65536):
+            send(data)
+    except OSError:
+        pass  # the local side went away; `with channel` closes the other
+
+
+@contextmanager
+def forward(host: Host, port: int, address: str = "127.0.0.1") -> Iterator[int]:
+    """A local port that leads to `address:port` as `host` sees it."""
+    if not host.connected:
+        host.connect(raise_exceptions=True)
+    transport = host.connector.client.get_transport()  # type: ignore[attr-defined]
+    with _Forward(transport, (address, port)) as server:
+        Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
+
+
+@contextmanager
+def consul_api(host: Host) -> Iterator[consul.Consul]:
+    """python-consul2 against the agent on `host`."""
+    with forward(host, host.data.consul_http_port, host.data.consul_http_address) as port:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            client = consul.Consul(host="127.0.0.1", port=port, timeout=TIMEOUT_S)
+        yield client
+
+
+@contextmanager
+def nomad_api(host: Host) -> Iterator[nomad.Nomad]:
+    """python-nomad against the agent on `host`."""
+    with forward(host, host.data.nomad_http_port, host.data.nomad_http_address) as port:
+        yield nomad.Nomad(address=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S, verify=True)
+
+
+def wait_until(
+    what: str,
+    check: Callable[[], str | None],
+    deadline_s: float,
+    say: Callable[[str], Any] = lambda line: None,
+) -> str | None:
+    """Ask `check` until it answers None (all is well); returns its last answer once time is up.
+
+    `check` says in a few words what is still missing. An API that does not answer counts as missing.
+    `say` gets a line of progress every 5 s.
+    """
+    start = shown = time.monotonic()
+    while True:
+        try:
+            missing = check()
+        except Unavailable as error:
+            missing = f"no answer ({error or type(error).__name__})"
+        now = time.monotonic()
+        if missing is None or now - start > deadline_s:
+            return missing
+        if now - shown > 5:
+            say(f"waiting {now - start:.0f} s for {what}: {missing}")
+            shown = now
+        time.sleep(0.25)
+
+
+def autopilot_fault(health: dict[str, Any], address: str = "", need_spare: bool = False) -> str | None:
+    """What is wrong in an autopilot health answer (Consul's and Nomad's have one shape), or None.
+
+    With `address`, that server itself must be a healthy voter. With `need_spare`, the cluster must
+    be able to lose one more server.
+    """
+    sick = [s["Name"] for s in health["Servers"] or [] if not s["Healthy"]]
+    if address:
+        mine = [s for s in health["Servers"] or [] if s["Address"].split(":")[0] == address]
+        if not mine or not (mine[0]["Healthy"] and mine[0]["Voter"]):
+            return "this server is not yet a healthy voter"
+    if not health["Healthy"]:
+        return f"unhealthy servers: {', '.join(sick) or 'no leader'}"
+    if need_spare and health["FailureTolerance"] < 1:
+        return "no server can be spared (failure tolerance 0)"
+    return None
+
+
+def leader_index(health: dict[str, Any]) -> int:
+    """The leader's last log index in an autopilot health answer."""
+    return max((s["LastIndex"] for s in health["Servers"] or [] if s["Leader"]), default=0)
+
+
+def behind(health: dict[str, Any], address: str, index: int) -> str | None:
+    """What is missing until the server at `address` has applied `index`."""
+    for member in health["Servers"] or []:
+        if member["Address"].split(":")[0] == address and member["LastIndex"] >= index:
+            return None
+    return f"its log has not reached index {index} yet"

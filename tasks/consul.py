@@ -1,0 +1,129 @@
+"""Consul: a server on each host of group `servers`, a client elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from pyinfra import host, inventory
+from pyinfra.api import deploy
+from pyinfra.api.host import Host
+from pyinfra.operations import files, server
+
+from tasks import artifact, rolling
+from tasks.cluster import Unavailable, autopilot_fault, behind, consul_api, leader_index
+
+CONFIG = "/etc/consul.d/consul.hcl"
+UNIT = "/etc/systemd/system/consul.service"
+FILES = [CONFIG, UNIT, "/usr/local/bin/consul"]
+
+
+@deploy("Consul")
+def install() -> None:
+    server.user(
+        name="Create Consul's user",
+        user="consul",
+        system=True,
+        home="/var/lib/consul",
+        shell="/usr/sbin/nologin",
+    )
+    for path in host.loop(["/etc/consul.d", "/var/lib/consul"]):
+        files.directory(name=f"Create {path}", path=path, user="consul", group="consul", mode="750")
+    artifact.install(name="Install Consul", tool="consul", version=host.data.consul_version)
+    files.template(
+        name="Configure Consul",
+        src="templates/consul/consul.hcl.j2",
+        dest=CONFIG,
+        user="consul",
+        group="consul",
+        mode="640",
+        is_server="servers" in host.groups,
+        servers=[member.data.address for member in inventory.get_group("servers")],
+    )
+    files.put(name="Write Consul's unit", src="templates/consul/consul.service", dest=UNIT, mode="644")
+
+
+@deploy("Consul")
+def start() -> None:
+    """Start what is stopped on all hosts at once: a first start, or a repair. Needs no gate."""
+    rolling.start_if_stopped(name="Start Consul where it is stopped", unit="consul", files=FILES)
+
+
+@deploy("Consul")
+def roll() -> None:
+    """One host at a time for what runs with an older binary or configuration, the leader last."""
+    if not rolling.driver():
+        return
+    rolling.wait_until_healthy(
+        name="Wait until Consul has a leader", what="a Consul leader", fault=_leaderless
+    )
+    rolling.roll(name="Restart Consul where it is stale, one host at a time", service=SERVICE)
+
+
+def _leaderless() -> str | None:
+    with consul_api(host) as api:
+        return None if api.status.leader() else "no leader yet"
+
+
+def autopilot(member: Host) -> dict[str, Any]:
+    """GET /v1/operator/autopilot/health. Not python-consul2's own call: it raises on the 429 that an
+    unhealthy cluster answers with, and the body is what we want then."""
+    with consul_api(member) as api:
+        health: dict[str, Any] = api.http.get(
+            lambda answer: json.loads(answer.body), path="/v1/operator/autopilot/health"
+        )
+        return health
+
+
+def _is_server(member: Host) -> bool:
+    return "servers" in member.groups
+
+
+def _sick(member: Host) -> bool:
+    try:
+        return bool(autopilot_fault(autopilot(member), member.data.address)) and _is_server(member)
+    except (*Unavailable, ValueError):
+        return True
+
+
+def _rank(member: Host) -> int:
+    if _sick(member):
+        return 0
+    with consul_api(member) as api:
+        return 2 if api.status.leader().startswith(f"{member.data.address}:") else 1
+
+
+def _gate(member: Host) -> str | None:
+    if member.data.accept_outage or not _is_server(member) or _sick(member):
+        return None
+    return autopilot_fault(autopilot(member), need_spare=True)
+
+
+def passing_checks(member: Host) -> dict[str, bool]:
+    """Check id -> passes, of all checks on this node."""
+    with consul_api(member) as api:
+        return {c["CheckID"]: c["Status"] == "passing" for c in api.health.node(member.name)[1]}
+
+
+def _recovery(member: Host) -> Callable[[], str | None]:
+    """The next host waits until this one is a healthy voter, its log has reached what the leader's
+    was before the restart, and the checks that passed before pass again: a restarted agent brings
+    its checks back as critical, and three quick restarts would empty HAProxy's backends."""
+    sick = _sick(member)
+    index = 0 if sick or not _is_server(member) else leader_index(autopilot(member))
+    passed = set() if sick else {check for check, ok in passing_checks(member).items() if ok}
+
+    def check() -> str | None:
+        if _is_server(member):
+            health = autopilot(member)
+            fault = autopilot_fault(health, member.data.address) or behind(health, member.data.address, index)
+            if fault:
+                return fault
+        failing = [name for name, ok in passing_checks(member).items() if not ok and name in passed]
+        return f"checks not passing yet: {', '.join(failing)}" if failing else None
+
+    return check
+
+
+SERVICE = rolling.Service(unit="consul", files=FILES, rank=_rank, gate=_gate, recovery=_recovery)

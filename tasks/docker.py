@@ -1,0 +1,121 @@
+"""Docker on the workers, restarted one host at a time with its apps moved away first."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from collections.abc import Callable
+from io import StringIO
+
+from pyinfra import host
+from pyinfra.api import deploy
+from pyinfra.api.host import Host
+from pyinfra.operations import files
+
+from tasks import cluster, rolling
+from tasks.nomad import node
+
+CONFIG = "/etc/docker/daemon.json"
+
+
+@deploy("Docker")
+def configure() -> None:
+    """Before the package: the first start of the engine must already be with our settings."""
+    files.put(name="Configure Docker", src=StringIO(daemon_json()), dest=CONFIG, mode="644")
+
+
+def daemon_json() -> str:
+    """The engine's settings; containers ask the host's resolver, which knows *.consul."""
+    data = host.data
+    settings = {
+        "live-restore": True,
+        "bip": data.docker_bip,
+        "default-address-pools": [{"base": data.docker_address_pool, "size": 24}],
+        "dns": [str(ipaddress.ip_interface(data.docker_bip).ip)],
+        "log-driver": "json-file",
+        "log-opts": {
+            "max-size": data.docker_log_max_size,
+            "max-file": str(data.docker_log_max_file),
+        },
+    }
+    return json.dumps(settings, indent=2) + "\n"
+
+
+@deploy("Docker")
+def start() -> None:
+    rolling.start_if_stopped(name="Start Docker where it is stopped", unit="docker", files=[CONFIG])
+
+
+@deploy("Docker")
+def roll() -> None:
+    if host.name == rolling.members("workers")[0].name:
+        rolling.roll(name="Restart Docker where it is stale, one host at a time", service=SERVICE)
+
+
+def _rank(member: Host) -> int:
+    return 1
+
+
+def _gate(member: Host) -> str | None:
+    """The instances on this worker need another one to move to."""
+    if member.data.accept_outage or member.data.scheduler != "nomad":
+        return None
+    with cluster.nomad_api(member) as api:
+        others = [
+            n["Name"]
+            for n in api.nodes.get_nodes()
+            if n["Name"] != member.name
+            and n["Status"] == "ready"
+            and n["SchedulingEligibility"] == "eligible"
+        ]
+    return None if others else "no other worker can take its instances"
+
+
+def _restart(member: Host, unit: str) -> str | None:
+    """Live-restore keeps containers through a restart, but Nomad replaces their allocations all the
+    same (nomad#24105), so they leave beforehand, in the order that drops no request."""
+    if member.data.scheduler != "nomad":
+        return rolling.run(member, unit)
+    fault = _drain(member)
+    return fault or rolling.run(member, unit)
+
+
+def _drain(member: Host) -> str | None:
+    node_id = node(member).get("ID")
+    if not node_id:
+        return None
+    with cluster.nomad_api(member) as api:
+        spec = {"Deadline": int(member.data.roll_deadline_s * 1e9), "IgnoreSystemJobs": True}
+        api.node.drain_node_with_spec(node_id, spec, mark_eligible=False)
+
+        def draining() -> str | None:
+            return "instances are leaving" if api.node.get_node(node_id)["DrainStrategy"] else None
+
+        return cluster.wait_until("the drain", draining, member.data.roll_deadline_s)
+
+
+def _recovery(member: Host) -> Callable[[], str | None]:
+    def check() -> str | None:
+        if member.data.scheduler != "nomad":
+            return None
+        mine = node(member)
+        docker = mine.get("Drivers", {}).get("docker", {})
+        if mine.get("Status") != "ready" or not docker.get("Healthy"):
+            return "Nomad does not see a healthy Docker yet"
+        if mine["SchedulingEligibility"] != "eligible":
+            with cluster.nomad_api(member) as api:
+                api.node.eligible_node(mine["ID"], eligible=True)
+        return None
+
+    return check
+
+
+SERVICE = rolling.Service(
+    unit="docker",
+    files=[CONFIG],
+    group="workers",
+    rank=_rank,
+    gate=_gate,
+    restart=_restart,
+    recovery=_recovery,
+)

@@ -1,0 +1,63 @@
+"""Refuse in one line, before anything changes, what cannot end well."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+from pyinfra import host, inventory, logger, state
+from pyinfra.api import DeployError, operation
+from pyinfra.facts.server import LinuxDistribution
+
+from tasks import artifact
+
+
+def check_hosts() -> None:
+    """Every host of this run was reached. Call it first, in prepare."""
+    down = sorted(h.name for h in state.failed_hosts)
+    if down:
+        names = ", ".join(down)
+        flags = " ".join(f"--exclude {name}" for name in down)
+        raise DeployError(f"{names}: not reached over SSH; repair it, or go on without: {flags}")
+
+
+def wanted(roles: list[str]) -> set[str]:
+    """The roles of `--data only=haproxy,dns`; all of them by default."""
+    only = [role for role in str(host.data.only).split(",") if role]
+    unknown = [role for role in only if role not in roles]
+    if unknown:
+        raise DeployError(f"only={host.data.only}: no role {', '.join(unknown)}; roles: {', '.join(roles)}")
+    return set(only or roles)
+
+
+def check_host() -> None:
+    """This host can become what the inventory asks for."""
+    distro = host.get_fact(LinuxDistribution)
+    release = f"{distro['release_meta'].get('ID')} {distro['major']}"
+    if release == "debian 13":
+        logger.warning(f"{host.print_prefix}Debian 13 is untested")
+    elif release != "debian 12":
+        raise DeployError(f"{host.name}: runs {distro['name']}; use Debian 12 (13 is untested)")
+    for line in artifact.downgrades(host):
+        raise DeployError(line)
+
+
+def check_groups() -> None:
+    """The groups make a cluster."""
+    count = len(inventory.get_group("servers"))
+    if count not in (3, 5):
+        logger.warning(
+            f"{count} servers: {'no majority survives a split' if count % 2 == 0 else 'a quorum needs more'}"
+            "; use 3 or 5"
+        )
+
+
+@operation()
+def stop_at_first_failure() -> Generator[str]:
+    """From here on one failed host ends the run: what comes after it may need that host.
+
+    An operation, since the setting in a deploy file is ignored, and in the inventory it would already
+    abort at a host that is down, before we can name it.
+    """
+    state.config.FAIL_PERCENT = 0
+    host.noop("a failed host ends the run")
+    yield from ()

@@ -1,0 +1,96 @@
+"""A registry on each worker, and the images that the workers hold from the start."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from nomad import Nomad
+from pyinfra import host
+from pyinfra.api import FileUploadCommand, FunctionCommand, StringCommand, deploy, operation
+from pyinfra.api.command import QuoteString
+from pyinfra.api.host import Host
+from pyinfra.api.state import State
+from pyinfra.facts.docker import DockerImage
+from pyinfra.facts.server import Arch
+from pyinfra.operations import files
+
+from tasks import rolling
+from tasks.cluster import consul_api, nomad_api
+from tasks.mirror import cache_dir
+
+DEBIAN_ARCH = {"x86_64": "amd64", "aarch64": "arm64"}
+FOLDER = "/var/lib/registry"
+
+
+@deploy("Registry")
+def install() -> None:
+    files.directory(name=f"Create {FOLDER}", path=FOLDER, user="root", group="root", mode="700")
+    arch = DEBIAN_ARCH[host.get_fact(Arch)]
+    for name, image in host.loop(
+        [("registry", host.data.registry_image), ("app-base", host.data.app_base_image)]
+    ):
+        load_image(
+            name=f"Load the image {image}",
+            image=image,
+            tar=cache_dir() / "images" / f"{name}_{arch}.tar",
+        )
+
+
+@deploy("Registry")
+def run() -> None:
+    """Nomad runs one on each worker, those to come included."""
+    if host.name == rolling.members("workers")[0].name:
+        register_job(name="Run a registry on each worker")
+        rolling.wait_until_healthy(
+            name="Wait until each registry answers", what="the registries", fault=_missing
+        )
+
+
+@operation()
+def load_image(image: str, tar: Path) -> Generator[FileUploadCommand | StringCommand]:
+    """Load `image` from a `docker save` file on the controller, or pull it where there is none."""
+    if host.get_fact(DockerImage, object_id=image):
+        host.noop(f"{image} is loaded")
+    elif tar.exists():
+        upload = f"/var/tmp/{tar.name}"
+        yield FileUploadCommand(str(tar), upload)
+        yield StringCommand("docker load -q -i", QuoteString(upload), "&& rm", QuoteString(upload))
+    else:
+        yield StringCommand("docker pull -q", QuoteString(image))
+
+
+@operation()
+def register_job() -> Generator[FunctionCommand]:
+    """Register the registry's job where Nomad's plan shows a difference."""
+    with nomad_api(host) as api:
+        job = _job(api)
+        plan = api.job.plan_job(job["ID"], {"Job": job}, diff=True)
+    if plan["Diff"]["Type"] == "None":
+        host.noop("the registry's job is as it should be")
+        return
+    yield FunctionCommand(_register, (), {})
+
+
+def _job(api: Nomad) -> dict[str, Any]:
+    templates = Environment(loader=FileSystemLoader("templates"), undefined=StrictUndefined, autoescape=False)
+    template = templates.get_template("registry/registry.nomad.hcl.j2")
+    parsed: dict[str, Any] = api.jobs.parse(template.render(data=host.data))
+    return parsed
+
+
+def _register(state: State, host: Host) -> bool:
+    with nomad_api(host) as api:
+        job = _job(api)
+        api.job.register_job(job["ID"], {"Job": job})
+    return True
+
+
+def _missing() -> str | None:
+    with consul_api(host) as api:
+        entries = api.health.service("registry", passing=True)[1]
+    answering = {entry["Node"]["Node"] for entry in entries}
+    missing = [m.name for m in rolling.members("workers") if m.name not in answering]
+    return f"not answering yet: {', '.join(missing)}" if missing else None

@@ -1,0 +1,152 @@
+"""Restart what runs with old configuration: at once where that is safe, else one host at a time.
+
+What is on disk decides, not what this run wrote: a unit is stale when one of its files is newer than
+its main process. So a run that was interrupted between writing and restarting is finished by the next.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, field
+
+from pyinfra import host, logger, state
+from pyinfra.api import FactBase, FunctionCommand, operation
+from pyinfra.api.host import Host
+from pyinfra.api.state import State
+
+from tasks import cluster
+
+
+class UnitState(FactBase[str]):
+    """ "stopped", "stale" (a file is newer than the main process, or not enabled) or "fresh"."""
+
+    def command(self, unit: str, files: Iterable[str]) -> str:
+        paths = " ".join(shlex.quote(path) for path in files)
+        return (
+            f"if ! systemctl is-active -q {unit}; then echo stopped;"
+            f" elif ! systemctl is-enabled -q {unit}; then echo stale; else"
+            f" start=$(systemctl show -P ExecMainStartTimestamp --timestamp=us+utc {unit});"
+            f' if [ -n "$(find {paths} -newermt "$start" -print -quit)" ];'
+            " then echo stale; else echo fresh; fi; fi"
+        )
+
+    def process(self, output: Iterable[str]) -> str:
+        return "".join(output).strip() or "stopped"
+
+
+def restart_command(unit: str) -> str:
+    """The reload comes first: the unit's own file may be among what changed."""
+    return f"systemctl daemon-reload && systemctl enable -q {unit} && systemctl restart {unit}"
+
+
+@operation()
+def restart_if_stale(unit: str, files: list[str]) -> Generator[str]:
+    """Start and enable `unit`, or restart it when one of `files` is newer than its main process."""
+    if host.get_fact(UnitState, unit=unit, files=files) == "fresh":
+        host.noop(f"{unit} runs with its current files")
+        return
+    yield restart_command(unit)
+
+
+@operation()
+def start_if_stopped(unit: str, files: list[str]) -> Generator[str]:
+    """Start and enable `unit` if it does not run; never restart it."""
+    if host.get_fact(UnitState, unit=unit, files=files) != "stopped":
+        host.noop(f"{unit} runs")
+        return
+    yield restart_command(unit)
+
+
+@dataclass(frozen=True)
+class Service:
+    """A service that runs on many hosts and must not lose more than one of them at a time.
+
+    Every answer that is a string or None is what is wrong in a few words, or None when all is well.
+    """
+
+    unit: str
+    files: list[str]
+    rank: Callable[[Host], int]  # lowest first: the sick (0), then the healthy (1), then the leader
+    gate: Callable[[Host], str | None]  # asked before a healthy one is stopped
+    recovery: Callable[[Host], Callable[[], str | None]]  # called before the stop, asked after it
+    group: str = ""  # "" = every host
+    restart: Callable[[Host, str], str | None] = field(default=lambda member, unit: run(member, unit))
+
+
+def run(member: Host, unit: str) -> str | None:
+    """Restart `unit` on `member`, whichever host this is called for."""
+    ok, output = member.run_shell_command(restart_command(unit), _sudo=True)
+    return None if ok else f"systemctl restart {unit}: {output.stderr_lines[-1:] or 'failed'}"
+
+
+def driver() -> bool:
+    """True on one host of this run: what acts on the whole cluster happens there, once."""
+    return host.name == min(member.name for member in state.active_hosts)
+
+
+def members(group: str) -> list[Host]:
+    """The hosts of a group ("" = all) that take part in this run, by name."""
+    hosts = [h for h in state.active_hosts if not group or group in h.groups]
+    return sorted(hosts, key=lambda h: h.name)
+
+
+@operation()
+def roll(service: Service) -> Generator[FunctionCommand]:
+    """Restart the stale hosts of a service one by one, the sick first and the leader last.
+
+    Runs on one host (see `driver`) for all hosts of this run. Before a healthy one is stopped the
+    gate must open; the next one waits until this one has recovered. The first fault ends the run.
+    """
+    stale = [h for h in members(service.group) if _stale(h, service)]
+    if not stale:
+        host.noop(f"every {service.unit} runs with its current files")
+        return
+    yield FunctionCommand(_roll, (service, stale), {})
+
+
+def _stale(member: Host, service: Service) -> bool:
+    return member.get_fact(UnitState, unit=service.unit, files=service.files) == "stale"
+
+
+def _roll(state: State, host: Host, service: Service, stale: list[Host]) -> bool:
+    for _ in range(len(stale)):
+        member = min(stale, key=service.rank)  # asked anew: a restart may move the leader
+        stale.remove(member)
+        fault = _restart(service, member)
+        if fault:
+            logger.error(f"{member.print_prefix}{service.unit}: {fault}. No further host is touched.")
+            return False
+    return True
+
+
+def _restart(service: Service, member: Host) -> str | None:
+    def say(line: str) -> None:
+        logger.info(f"{member.print_prefix}{line}")
+
+    deadline_s = float(member.data.roll_deadline_s)
+    unit = service.unit
+    closed = cluster.wait_until("a safe moment", lambda: service.gate(member), deadline_s, say)
+    if closed:
+        return f"not restarted, {closed}; repair that first or add --data accept_outage=true"
+    recovered = service.recovery(member)
+    say(f"restarting {unit}")
+    failed = service.restart(member, unit)
+    return failed or cluster.wait_until(f"{unit} to recover", recovered, deadline_s, say)
+
+
+@operation()
+def wait_until_healthy(what: str, fault: Callable[[], str | None]) -> Generator[FunctionCommand]:
+    """Wait until `fault` answers None; no change when it does so at once."""
+    if cluster.wait_until(what, fault, 0) is None:
+        host.noop(f"{what}: healthy")
+        return
+    yield FunctionCommand(_wait, (what, fault), {})
+
+
+def _wait(state: State, host: Host, what: str, fault: Callable[[], str | None]) -> bool:
+    deadline_s = float(host.data.roll_deadline_s)
+    wrong = cluster.wait_until(what, fault, deadline_s, logger.info)
+    if wrong:
+        logger.error(f"{host.print_prefix}{what}: {wrong}, after {deadline_s:.0f} s; see journalctl there")
+    return wrong is None
