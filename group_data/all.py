@@ -35,8 +35,8 @@ consul_raft_multiplier = 1  # 1 = production timing, 5 = for slow machines
 
 # docker
 docker_packages = ["docker.io", "iptables", "skopeo"]
-docker_bip = "172.17.0.1/16"
-docker_address_pool = "172.18.0.0/16"
+docker_bip = "172.26.0.1/16"  # the bridge; must not overlap a network that the hosts are on
+docker_address_pool = "172.27.0.0/16"
 docker_log_max_size = "10m"
 docker_log_max_file = 3
 
@@ -58,6 +58,7 @@ haproxy_bind = "*"
 haproxy_http_port = 8080
 haproxy_stats_port = 8404
 haproxy_maxconn = 2000
+haproxy_timeout = "60s"  # the longest silence of a client or of an instance
 
 # app
 app_name = "app"
@@ -70,5 +71,11 @@ app_env: dict[str, str] = {}
 app_cpu_mhz = 100
 app_memory_mb = 128
 app_base_image = "hashistack/app-base:1"
+app_pids_limit = 256
+app_min_healthy_s = 10  # an instance must stay healthy for this long before the next one is replaced
+app_healthy_deadline_s = 120  # and must have become so by then
 app_shutdown_delay_s = 15
 app_kill_timeout_s = 25
+
+# docker scheduler: the two ports on a worker's private address between which a release moves the app
+app_ports = [20001, 20002]

@@ -110,13 +110,13 @@ def fill(arch: str) -> None:
 
 
 def _make(image: Image, arch: str, tar: Path) -> str:
-    """Pull or make the image and save it; return which of the two."""
+    """Pull or make the image, save it, leave Docker as it was; return which of the two."""
     print(f"image {image.tag} {arch}: ...", flush=True)
-    platform = f"--platform=linux/{arch}"
-    pulled = _pull(image.public, platform)
+    before = _run("docker", "images", "--quiet", image.public)
+    pulled = pull(image.public, arch)
     base = image.public if pulled else _import(image, arch)
     _run(
-        *("docker", "build", "--quiet", platform, f"--build-arg=BASE={base}"),
+        *("docker", "build", "--quiet", f"--platform=linux/{arch}", f"--build-arg=BASE={base}"),
         *(f"--tag={image.tag}", str(LAB / image.name)),
     )
     tar.parent.mkdir(parents=True, exist_ok=True)
@@ -124,6 +124,7 @@ def _make(image: Image, arch: str, tar: Path) -> str:
     _run("docker", "save", f"--output={part}", image.tag)
     part.replace(tar)
     record(tar)
+    _run("docker", "rmi", image.tag, *(() if pulled and before else (base,)))
     return "pulled" if pulled else "made from Debian's packages"
 
 
@@ -140,7 +141,7 @@ def _import(image: Image, arch: str) -> str:
         # The controller's own apt sources and resolv.conf have no business in the image.
         '--extract-hook=cd "$1" && rm -rf etc/apt etc/dpkg etc/fstab etc/hostname etc/resolv.conf var/*',
         *("--skip=cleanup", "--skip=output/dev"),
-        *(RELEASE, str(tar), *_apt_sources()),
+        *(RELEASE, str(tar), *apt_sources()),
         env={"SOURCE_DATE_EPOCH": "0", "COMPILE": "yes" if native else "no"},
     )
     _run("docker", "import", f"--platform=linux/{arch}", str(tar), f"{image.tag}-rootfs")
@@ -148,7 +149,7 @@ def _import(image: Image, arch: str) -> str:
     return f"{image.tag}-rootfs"
 
 
-def _apt_sources() -> list[str]:
+def apt_sources() -> list[str]:
     """The machine's apt sources that offer RELEASE; with none, mmdebstrap knows where to go."""
     apt = Path("/etc/apt")
     files = [apt / "sources.list", *sorted((apt / "sources.list.d").glob("*.*"))]
@@ -156,14 +157,14 @@ def _apt_sources() -> list[str]:
     return [str(file) for file in files if file.is_file() and suite.search(file.read_text())]
 
 
-def _pull(public: str, platform: str) -> bool:
+def pull(public: str, arch: str) -> bool:
     """Pull a public image; False where that is not possible, the reason printed."""
-    done = subprocess.run(
-        ["docker", "pull", "--quiet", platform, public], capture_output=True, text=True
-    )
-    if done.returncode:
-        print(f"{public} cannot be pulled ({_last_line(done.stderr)})", flush=True)
-    return done.returncode == 0
+    try:
+        _run("docker", "pull", "--quiet", f"--platform=linux/{arch}", public)
+    except ImageError as error:
+        print(f"{public}: {error}", flush=True)
+        return False
+    return True
 
 
 def _tags(tar: Path) -> list[str]:
@@ -176,9 +177,7 @@ def _tags(tar: Path) -> list[str]:
 def _run(*argv: str, env: dict[str, str] | None = None) -> str:
     """Run a command and return what it prints; raises ImageError with its last line."""
     try:
-        done = subprocess.run(
-            argv, capture_output=True, text=True, env={**os.environ, **(env or {})}
-        )
+        done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, **(env or {})})
     except FileNotFoundError:
         raise ImageError(f"{argv[0]} is missing: install it, or pull images from a registry") from None
     if done.returncode:

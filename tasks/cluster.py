@@ -6,6 +6,7 @@ the connection that pyinfra has opened, so it obeys the same keys, jump hosts an
 
 from __future__ import annotations
 
+import json
 import os
 import socketserver
 import time
@@ -35,6 +36,7 @@ Unavailable = (
     requests.RequestException,
     SSHException,
     OSError,
+    json.JSONDecodeError,  # python-consul2: "No cluster leader" is plain text
 )
 
 
@@ -57,7 +59,7 @@ class _Connection(socketserver.BaseRequestHandler):
             channel = self.server.transport.open_channel(
                 "direct-tcpip", self.server.target, self.request.getpeername(), timeout=TIMEOUT_S
             )
-        except SSHException:
+        except (SSHException, OSError, EOFError):
             return  # nothing listens there: the caller sees a closed connection
         with channel:
             upload = Thread(target=_copy, args=(self.request.recv, channel), daemon=True)
@@ -97,20 +99,30 @@ def forward(host: Host, port: int, address: str = "127.0.0.1") -> Iterator[int]:
 
 
 @contextmanager
+def _session() -> Iterator[requests.Session]:
+    """Its connections end with it: the agents allow 100 to 200 from one address. No proxy leads to us."""
+    with requests.Session() as session:
+        session.trust_env = False
+        yield session
+
+
+@contextmanager
 def consul_api(host: Host) -> Iterator[consul.Consul]:
     """python-consul2 against the agent on `host`."""
-    with forward(host, host.data.consul_http_port, host.data.consul_http_address) as port:
+    with forward(host, host.data.consul_http_port, host.data.consul_http_address) as port, _session() as http:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             client = consul.Consul(host="127.0.0.1", port=port, timeout=TIMEOUT_S)
+        client.http.session = http
         yield client
 
 
 @contextmanager
 def nomad_api(host: Host) -> Iterator[nomad.Nomad]:
     """python-nomad against the agent on `host`."""
-    with forward(host, host.data.nomad_http_port, host.data.nomad_http_address) as port:
-        yield nomad.Nomad(address=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S, verify=True)
+    with forward(host, host.data.nomad_http_port, host.data.nomad_http_address) as port, _session() as http:
+        address = f"http://127.0.0.1:{port}"
+        yield nomad.Nomad(address=address, timeout=TIMEOUT_S, verify=True, session=http)
 
 
 def wait_until(
@@ -142,14 +154,14 @@ def wait_until(
 def autopilot_fault(health: dict[str, Any], address: str = "", need_spare: bool = False) -> str | None:
     """What is wrong in an autopilot health answer (Consul's and Nomad's have one shape), or None.
 
-    With `address`, that server itself must be a healthy voter. With `need_spare`, the cluster must
-    be able to lose one more server.
+    With `address`, only that server is judged: whether it is a healthy voter. With `need_spare`, the
+    cluster must be able to lose one more server.
     """
-    sick = [s["Name"] for s in health["Servers"] or [] if not s["Healthy"]]
     if address:
         mine = [s for s in health["Servers"] or [] if s["Address"].split(":")[0] == address]
-        if not mine or not (mine[0]["Healthy"] and mine[0]["Voter"]):
-            return "this server is not yet a healthy voter"
+        well = mine and mine[0]["Healthy"] and mine[0]["Voter"]
+        return None if well else "this server is not yet a healthy voter"
+    sick = [s["Name"] for s in health["Servers"] or [] if not s["Healthy"]]
     if not health["Healthy"]:
         return f"unhealthy servers: {', '.join(sick) or 'no leader'}"
     if need_spare and health["FailureTolerance"] < 1:

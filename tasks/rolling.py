@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from pyinfra import host, logger, state
 from pyinfra.api import FactBase, FunctionCommand, operation
+from pyinfra.api.arguments import CONNECTOR_ARGUMENT_KEYS
 from pyinfra.api.host import Host
 from pyinfra.api.state import State
 
@@ -76,8 +77,10 @@ class Service:
 
 def run(member: Host, unit: str) -> str | None:
     """Restart `unit` on `member`, whichever host this is called for."""
-    ok, output = member.run_shell_command(restart_command(unit), _sudo=True)
-    return None if ok else f"systemctl restart {unit}: {output.stderr_lines[-1:] or 'failed'}"
+    data = member.data.dict()  # has _sudo and the like, which only operations take from there by themselves
+    how = {key: data[key] for key in CONNECTOR_ARGUMENT_KEYS if key in data}
+    ok, output = member.run_shell_command(restart_command(unit), **how)
+    return None if ok else f"systemctl restart {unit}: {(output.stderr_lines or ['failed'])[0]}"
 
 
 def driver() -> bool:
@@ -110,14 +113,26 @@ def _stale(member: Host, service: Service) -> bool:
 
 
 def _roll(state: State, host: Host, service: Service, stale: list[Host]) -> bool:
-    for _ in range(len(stale)):
-        member = min(stale, key=service.rank)  # asked anew: a restart may move the leader
-        stale.remove(member)
-        fault = _restart(service, member)
+    waiting = list(stale)
+    while waiting:
+        member = min(waiting, key=lambda m: _rank(service, m))  # asked anew: a restart may move the leader
+        waiting.remove(member)
+        try:
+            fault = _restart(service, member)
+        except cluster.Unavailable as error:
+            fault = f"no answer ({error or type(error).__name__})"
         if fault:
             logger.error(f"{member.print_prefix}{service.unit}: {fault}. No further host is touched.")
             return False
     return True
+
+
+def _rank(service: Service, member: Host) -> int:
+    """Order only: whether it may be stopped is the gate's to say."""
+    try:
+        return service.rank(member)
+    except cluster.Unavailable:
+        return 0
 
 
 def _restart(service: Service, member: Host) -> str | None:
@@ -131,8 +146,10 @@ def _restart(service: Service, member: Host) -> str | None:
         return f"not restarted, {closed}; repair that first or add --data accept_outage=true"
     recovered = service.recovery(member)
     say(f"restarting {unit}")
-    failed = service.restart(member, unit)
-    return failed or cluster.wait_until(f"{unit} to recover", recovered, deadline_s, say)
+    fault = service.restart(member, unit) or cluster.wait_until(
+        f"{unit} to recover", recovered, deadline_s, say
+    )
+    return fault and f"{fault}; see journalctl -u {unit} there"
 
 
 @operation()

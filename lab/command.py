@@ -1,0 +1,57 @@
+"""Run a command, as root where that is needed, and tell how long a stage took."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lab.settings import ROOT, LabError
+
+SUDO = () if os.geteuid() == 0 else ("sudo",)
+# Where Debian has dockerd; an ordinary user's path may lack it.
+PATH = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"
+ENV = {"PATH": PATH, "PYINFRA_YES": "1", "VAGRANT_CHECKPOINT_DISABLE": "1"}
+
+
+def run(*argv: str, env: dict[str, str] | None = None) -> None:
+    """Run in the project's folder, output to the terminal. Raises LabError."""
+    try:
+        status = subprocess.run(argv, cwd=ROOT, env=os.environ | ENV | (env or {})).returncode
+    except FileNotFoundError:
+        raise LabError(f"{argv[0]} is missing: install it, and run again") from None
+    if status:
+        raise LabError(f"`{shlex.join(argv)}` failed with exit code {status}: see above")
+
+
+def output(*argv: str) -> str:
+    """What the command prints. Raises LabError with the last line of what it complains about."""
+    try:
+        done = subprocess.run(argv, cwd=ROOT, env=os.environ | ENV, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise LabError(f"{argv[0]} is missing: install it, and run again") from None
+    if done.returncode:
+        complaint = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        raise LabError(f"`{shlex.join(argv)}` failed: {complaint[-1]}")
+    return done.stdout
+
+
+def succeeds(*argv: str) -> bool:
+    """True if the command is there and exits with 0."""
+    try:
+        output(*argv)
+    except LabError:
+        return False
+    return True
+
+
+@contextmanager
+def stage(what: str) -> Iterator[None]:
+    """Say what is done now, and at its end how long it took."""
+    print(f"==> {what}", flush=True)
+    start = time.monotonic()
+    yield
+    print(f"    done in {time.monotonic() - start:.0f} s", flush=True)

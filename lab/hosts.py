@@ -1,0 +1,164 @@
+"""The lab's hosts: their image, what an earlier lab left behind, and Vagrant, which makes them."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab.command import output, run, succeeds
+from lab.images import apt_sources, pull
+from lab.settings import ROOT, LabError
+
+RELEASE = "bookworm"
+PUBLIC_IMAGE = "debian:12"
+BASE_IMAGE = "hashistack/debian:12"
+HOST_IMAGE = "hashistack/host:12"
+LABEL = "hashistack.lab"  # on each host container: the folder whose `make up` made it
+NETWORK = "vagrant_network_192.168.56.0/24"
+VAGRANT = ROOT / ".vagrant"
+KNOWN_HOSTS = VAGRANT / "known_hosts"
+SSH_CONFIG = VAGRANT / "ssh-config"
+
+
+@dataclass(frozen=True)
+class Container:
+    """A lab host that Docker knows, of this or another checkout."""
+
+    id: str
+    name: str
+    folder: str
+    running: bool
+
+
+def make_image() -> None:
+    """Have the host image: Debian pulled, or made from this machine's apt sources; then lab/host-image."""
+    if not succeeds("docker", "image", "inspect", BASE_IMAGE):
+        _make_base()
+    # Docker's cache makes this quick when nothing changed.
+    run(
+        *("docker", "build", "--quiet", f"--build-arg=BASE={BASE_IMAGE}", f"--tag={HOST_IMAGE}"),
+        str(ROOT / "lab" / "host-image"),
+    )
+
+
+def _make_base() -> None:
+    present = succeeds("docker", "image", "inspect", PUBLIC_IMAGE)
+    if present or pull(PUBLIC_IMAGE, arch()):
+        run("docker", "tag", PUBLIC_IMAGE, BASE_IMAGE)
+        if not present:
+            run("docker", "rmi", "--no-prune", PUBLIC_IMAGE)  # only our own name stays, for make clean
+        return
+    print(f"    making {BASE_IMAGE} with mmdebstrap", flush=True)
+    root = subprocess.Popen(
+        ["mmdebstrap", "--quiet", "--variant=minbase", "--skip=output/dev", RELEASE, "-", *apt_sources()],
+        stdout=subprocess.PIPE,
+    )
+    imported = subprocess.run(["docker", "import", "-", BASE_IMAGE], stdin=root.stdout).returncode
+    if root.wait() or imported:
+        succeeds("docker", "rmi", BASE_IMAGE)
+        raise LabError("mmdebstrap could not make Debian's root file system: see above")
+
+
+def containers() -> list[Container]:
+    """All lab hosts that Docker has, of every checkout."""
+    line = '{{.ID}}\t{{.Names}}\t{{.Label "' + LABEL + '"}}\t{{.State}}'
+    found = output("docker", "ps", "--all", "--no-trunc", f"--filter=label={LABEL}", f"--format={line}")
+    rows = [row.split("\t") for row in found.splitlines()]
+    return [Container(id_, name, folder, state == "running") for id_, name, folder, state in rows]
+
+
+def known_ids() -> set[str]:
+    """The ids of the machines that Vagrant made in this folder."""
+    return {file.read_text().strip() for file in VAGRANT.glob("machines/*/*/id")}
+
+
+def leftovers(found: list[Container], ours: set[str]) -> list[Container]:
+    """The containers that no folder answers for: it is gone, or it is ours and Vagrant lost its notes.
+
+    Raises LabError if another checkout's lab runs. One that stopped is not in the way: it stays.
+    """
+    lost = []
+    for container in found:
+        if container.id in ours:
+            continue
+        if container.folder == str(ROOT) or not Path(container.folder).exists():
+            lost.append(container)
+        elif container.running:
+            raise LabError(
+                f"the lab of {container.folder} is running at the same addresses: "
+                f"`make -C {container.folder} down` first"
+            )
+    return lost
+
+
+def remove(found: list[Container]) -> None:
+    """Remove containers with the anonymous volumes that belong to them."""
+    for container in found:
+        run("docker", "rm", "--force", "--volumes", container.id)
+
+
+def remove_network() -> None:
+    """Remove the private network unless somebody's containers are on it."""
+    if succeeds("docker", "network", "inspect", NETWORK):
+        succeeds("docker", "network", "rm", NETWORK)
+
+
+def addresses() -> dict[str, str]:
+    """Name -> private address, as inventory.py has them."""
+    hosts: dict[str, str] = json.loads(output("python3", "inventory.py"))
+    return hosts
+
+
+def answers(address: str, port: int = 22, timeout_s: float = 0.5) -> bool:
+    try:
+        socket.create_connection((address, port), timeout_s).close()
+    except OSError:
+        return False
+    return True
+
+
+def missing(provider: str) -> dict[str, str]:
+    """Name -> address of the hosts that are not made yet."""
+    known = known_ids()
+    if provider == "docker":
+        known &= {container.id for container in containers()}
+    made = {
+        file.parts[-3] for file in VAGRANT.glob(f"machines/*/{provider}/id") if file.read_text().strip() in known
+    }
+    return {name: address for name, address in addresses().items() if name not in made}
+
+
+def up(provider: str) -> dict[str, str]:
+    """Make and start the hosts, in parallel; returns those that are new. Raises LabError."""
+    new = missing(provider)
+    for name, address in new.items():
+        if answers(address):
+            raise LabError(f"{name}: another machine answers at {address}: stop it, and run again")
+    forget_host_keys(KNOWN_HOSTS, set(new.values()))
+    run("vagrant", "up", "--provider", provider)
+    find_the_way_in()
+    return new
+
+
+def forget_host_keys(file: Path, gone: set[str]) -> None:
+    """A new host has a new key: drop what is known of its address. The file exists afterwards."""
+    file.parent.mkdir(exist_ok=True)
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    kept = [line for line in lines if not line.startswith(tuple(f"{address} " for address in gone))]
+    file.write_text("".join(kept))
+
+
+def find_the_way_in() -> None:
+    """Where the private addresses do not reach (Docker Desktop), SSH goes as Vagrant says."""
+    deadline = time.monotonic() + 5
+    SSH_CONFIG.unlink(missing_ok=True)
+    waiting = set(addresses().values())
+    while waiting:
+        waiting = {address for address in waiting if not answers(address)}
+        if time.monotonic() > deadline:
+            SSH_CONFIG.write_text(output("vagrant", "ssh-config"))
+            return

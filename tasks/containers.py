@@ -1,0 +1,588 @@
+"""The docker scheduler: the app's containers and the registry, run by pyinfra itself, without Nomad.
+
+Each worker runs one instance of the app in one of two colours, each with a port of its own. A release
+starts the other colour, waits until it is healthy, moves Consul over, drains the old one and stops it,
+one worker after the other. What a container is stands in its labels, and what serves in Consul's
+service file, so a run that was interrupted anywhere is finished by the next. The stopped container of
+the version before stays: it holds that version's image and settings for the way back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import time
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, field
+from io import StringIO
+from typing import Any
+
+import gevent  # type: ignore[import-untyped]
+from paramiko import SSHException
+from pyinfra import host, logger
+from pyinfra.api import DeployError, FactBase, FunctionCommand, deploy, operation
+from pyinfra.api.host import Host, HostData
+from pyinfra.api.state import State
+from pyinfra.operations import files, systemd
+
+from tasks.cluster import Unavailable, consul_api, wait_until
+
+COLOURS = ("blue", "green")
+SERVICE_FILE = "/etc/consul.d/app.json"
+REGISTRY_FILE = "/etc/consul.d/registry.json"
+DOCKER_UNIT = "/etc/systemd/system/docker.service.d/private-address.conf"
+LABELS = ("app", "colour", "version", "digest", "config")
+
+
+class Failed(DeployError):
+    """The release cannot go on: what happened on which worker, and the container's last log lines."""
+
+
+class Lost(DeployError):
+    """A worker that does not answer over SSH any more."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """What every worker shall run. digest: sha256:... of the image in the workers' registries."""
+
+    version: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A container of the app, as `docker ps` and its labels describe it."""
+
+    state: str  # Docker's: created, running, restarting, paused, exited, dead
+    created: str  # "2026-11-25 00:56:54 +0000 UTC": sorts by time
+    app: str
+    colour: str
+    version: str
+    digest: str
+    config: str  # see config_hash
+
+    @property
+    def name(self) -> str:
+        """The name of the container, and its service's ID in Consul."""
+        return f"{self.app}-{self.colour}"
+
+    @property
+    def up(self) -> bool:
+        return self.state in ("running", "restarting", "paused")
+
+
+@dataclass
+class Outcome:
+    """How a roll ended. fault: why it failed (None: it did not); lost: workers left as they were."""
+
+    fault: str | None = None
+    lost: list[str] = field(default_factory=list)
+
+
+# What a container and its service look like
+
+
+def image(data: HostData, digest: str) -> str:
+    """By digest, from the worker's own registry."""
+    return f"127.0.0.1:{data.registry_port}/{data.app_name}@{digest}"
+
+
+def environment(data: HostData, version: str) -> dict[str, str]:
+    """The same as in the Nomad job (templates/app/app.nomad.hcl.j2)."""
+    return {"APP_VERSION": version, **{name: str(value) for name, value in data.app_env.items()}}
+
+
+def arguments(data: HostData, colour: str) -> list[str]:
+    """`docker run` arguments: the limits of the Nomad job, on this colour's port."""
+    return [
+        f"--name={data.app_name}-{colour}",
+        f"--publish={data.address}:{_port(data, colour)}:{data.app_port}",
+        "--restart=unless-stopped",
+        "--read-only",
+        "--tmpfs=/tmp:size=64m",
+        "--cap-drop=ALL",
+        "--security-opt=no-new-privileges",
+        f"--pids-limit={data.app_pids_limit}",
+        f"--cpu-shares={data.app_cpu_mhz}",
+        f"--memory={data.app_memory_mb}m",
+    ]
+
+
+def config_hash(data: HostData, version: str) -> str:
+    """Of all that shapes a container beside its image; secrets in the environment only go in hashed."""
+    containers = [[arguments(data, colour), _service(data, colour, version)] for colour in COLOURS]
+    return _hash([containers, sorted(environment(data, version).items())])
+
+
+def _hash(shape: object) -> str:
+    return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]
+
+
+def service_file(data: HostData, instances: list[Instance]) -> str:
+    """Consul's service file for these instances."""
+    services = [_service(data, i.colour, i.version) for i in sorted(instances, key=lambda i: i.colour)]
+    return json.dumps({"services": services}, indent=2) + "\n"
+
+
+def _service(data: HostData, colour: str, version: str) -> dict[str, Any]:
+    port = _port(data, colour)
+    return {
+        "id": f"{data.app_name}-{colour}",
+        "name": data.app_name,
+        "address": data.address,
+        "port": port,
+        "tags": [f"version-{version}"],
+        "meta": {"version": version},
+        "check": {
+            "http": f"http://{data.address}:{port}{data.app_health_path}",
+            "interval": "2s",
+            "timeout": "2s",
+        },
+    }
+
+
+def _port(data: HostData, colour: str) -> int:
+    return int(data.app_ports[COLOURS.index(colour)])
+
+
+# What runs
+
+
+def instances(member: Host) -> list[Instance]:
+    """The app's containers on a worker, at most one of each colour, stopped ones included."""
+    fields = "".join(f'|{{{{.Label "hashistack.{label}"}}}}' for label in LABELS)
+    lines = _run(
+        member,
+        f"docker ps --all --filter label=hashistack.app={shlex.quote(member.data.app_name)}"
+        f" --format '{{{{.State}}}}|{{{{.CreatedAt}}}}{fields}'",
+    )
+    return sorted((Instance(*line.split("|")) for line in lines), key=lambda i: i.colour)
+
+
+def running_versions(member: Host) -> set[str]:
+    """One version; two while a release is under way or was interrupted; none before the first one."""
+    return {instance.version for instance in instances(member) if instance.up}
+
+
+def outdated(workers: list[Host], release: Release) -> list[Host]:
+    """The workers that do not run and serve exactly this version, image and configuration."""
+    return [worker for worker in workers if not _done(worker, release)]
+
+
+def _done(member: Host, release: Release) -> bool:
+    up = [instance for instance in instances(member) if instance.up]
+    if len(up) != 1 or not _is(member, up[0], release):
+        return False
+    if _service_lines(member) != service_file(member.data, up).splitlines():
+        return False
+    try:
+        return set(_statuses(member)) == {up[0].name}
+    except Unavailable:
+        return False
+
+
+def _service_lines(member: Host) -> list[str]:
+    return _run(member, f"! test -e {SERVICE_FILE} || cat {SERVICE_FILE}")
+
+
+def _is(member: Host, instance: Instance, release: Release) -> bool:
+    config = config_hash(member.data, release.version)
+    return (instance.version, instance.digest, instance.config) == (release.version, release.digest, config)
+
+
+def _statuses(member: Host) -> dict[str, str]:
+    """Service ID -> "passing" or what its check says, of this worker's instances in Consul's catalog."""
+    with consul_api(member) as api:
+        entries = api.health.service(member.data.app_name)[1]
+    return {e["Service"]["ID"]: _status(e["Checks"]) for e in entries if e["Node"]["Node"] == member.name}
+
+
+def _status(checks: list[dict[str, str]]) -> str:
+    failing = [check for check in checks if check["Status"] != "passing"]
+    return (failing[0]["Output"].strip() or "not checked yet") if failing else "passing"
+
+
+# The roll
+
+
+def roll(workers: list[Host], release: Release) -> Outcome:
+    """Bring `release` to these workers (see `outdated`); for one driving host.
+
+    First, all at once, the workers where nothing serves, then one after the other. After a failure
+    the workers that had already moved go back. A worker that is lost is left out.
+    """
+    outcome = Outcome()
+    moved: list[tuple[Host, Instance | None]] = []
+
+    def move(member: Host) -> None:
+        try:
+            moved.append((member, _replace(member, release)))
+        except Lost as lost:
+            logger.warning(f"{lost}. It is left as it is: release {release.version} again when it is back")
+            outcome.lost.append(member.name)
+        except Failed as failed:
+            outcome.fault = outcome.fault or str(failed)
+        except Unavailable as silent:
+            outcome.fault = outcome.fault or f"{member.name}: Consul does not answer ({silent})"
+
+    busy = [worker for worker in workers if _serves(worker)]
+    gevent.joinall([gevent.spawn(move, worker) for worker in workers if worker not in busy], raise_error=True)
+    for worker in busy:
+        if outcome.fault is None:
+            move(worker)
+    if outcome.fault:
+        outcome.fault += "".join(f"\n{_go_back(*pair)}" for pair in reversed(moved))
+    elif len(outcome.lost) == len(workers):
+        outcome.fault = "every worker was lost"
+    return outcome
+
+
+def _serves(member: Host) -> bool:
+    """A worker that cannot be asked takes its turn, and is found lost or broken then."""
+    try:
+        return any(instance.up for instance in instances(member))
+    except (Failed, Lost):
+        return True
+
+
+def _replace(member: Host, release: Release) -> Instance | None:
+    """Bring `release` to one worker; returns what it replaced. A new one that fails is taken away."""
+    found = instances(member)
+    new = next((i for i in found if i.up and _is(member, i, release)), None)
+    if new is None:
+        colour = _free_colour(member, found)
+        old = next((i for i in found if i.up and i.colour != colour), None)
+        new = _start(member, colour, release, old)
+    else:  # an interrupted run has started it
+        colour = new.colour
+        old = next((i for i in found if i.up and i.colour != colour), None)
+    try:
+        _join(member, new, old)
+    except Failed as fault:
+        raise Failed(f"{fault}\n{_take_away(member, new, old)}") from None
+    if old:
+        _leave(member, old, new)
+    return old
+
+
+def _free_colour(member: Host, found: list[Instance]) -> str:
+    """The colour to start in: where nothing runs, the older one if there is a choice."""
+    up = [instance for instance in found if instance.up]
+    if len(up) == 2:  # interrupted before, and now another version is wanted: the healthy one stays
+        passing = _statuses(member)
+        keep, drop = sorted(up, key=lambda i: (passing.get(i.name) != "passing", i.created))
+        _leave(member, drop, keep)
+        return drop.colour
+    created = {instance.colour: instance.created for instance in found}
+    free = [colour for colour in COLOURS if colour not in {instance.colour for instance in up}]
+    return min(free, key=lambda colour: created.get(colour, ""))
+
+
+def _start(member: Host, colour: str, release: Release, old: Instance | None) -> Instance:
+    """Start the new container beside the old one, which alone is in Consul until then."""
+    data = member.data
+    labels = dict(
+        app=data.app_name,
+        colour=colour,
+        version=release.version,
+        digest=release.digest,
+        config=config_hash(data, release.version),
+    )
+    new = Instance(state="running", created="", **labels)
+    _register(member, [old] if old else [])
+    _say(member, f"starting {new.name}, version {new.version}")
+    run = ["docker", "run", "--detach", "--env-file=/dev/stdin", *arguments(data, colour)]
+    run += [f"--label=hashistack.{name}={value}" for name, value in labels.items()]
+    run += [image(data, release.digest)]
+    remove = f"docker rm --force {new.name}"
+    _run(member, f"! docker inspect {new.name} >/dev/null 2>&1 || {remove}")
+    try:
+        # Standard input may be a socket, which cannot be opened by its path; cat's pipe can.
+        _run(member, f"cat | {shlex.join(run)}", stdin=_env_file(member, release.version))
+    except Failed:
+        _run(member, f"{remove} 2>&1 || true")
+        raise
+    return new
+
+
+def _env_file(member: Host, version: str) -> str:
+    """For standard input: these values may be secret, so they show in no argument and no file."""
+    lines = [f"{name}={value}" for name, value in environment(member.data, version).items()]
+    if any("\n" in line for line in lines):
+        raise Failed("app_env: a value with a line break cannot be given to a container")
+    return "\n".join(lines) + "\n"
+
+
+def _join(member: Host, new: Instance, old: Instance | None) -> None:
+    """Add `new` in Consul, and wait until it has been healthy for app_min_healthy_s.
+
+    As with Nomad, that is also the time in which every HAProxy learns of it.
+    """
+    _register(member, [old, new] if old else [new])
+    deadline_s = float(member.data.app_healthy_deadline_s)
+    missing = wait_until(
+        f"{new.name} {new.version}",
+        _healthy(member, new, float(member.data.app_min_healthy_s)),
+        deadline_s,
+        lambda line: _say(member, line),
+    )
+    if missing:
+        raise Failed(f"{member.name}: {new.name} {new.version} not healthy in {deadline_s:.0f} s: {missing}")
+
+
+def _healthy(member: Host, new: Instance, min_healthy_s: float) -> Callable[[], str | None]:
+    since: float | None = None
+
+    def check() -> str | None:
+        nonlocal since
+        try:
+            status = _statuses(member).get(new.name, "not in Consul")
+        except Unavailable:
+            status = "Consul does not answer"
+        if status != "passing":
+            since = None
+            _raise_if_crashing(member, new)
+            return status
+        since = since or time.monotonic()
+        return None if time.monotonic() - since >= min_healthy_s else "healthy, and watched"
+
+    return check
+
+
+def _raise_if_crashing(member: Host, new: Instance) -> None:
+    """No need to wait for the deadline when Docker has restarted it in vain. Also finds a lost worker."""
+    look = "docker inspect --format '{{.RestartCount}} {{.State.ExitCode}} {{.State.OOMKilled}}'"
+    restarts, code, out_of_memory = _run(member, f"{look} {new.name}")[0].split()
+    if int(restarts) > 2:
+        why = "it has too little memory" if out_of_memory == "true" else f"exit code {code}"
+        raise Failed(f"{member.name}: {new.name} {new.version} stops again and again, {why}")
+
+
+def _leave(member: Host, old: Instance, new: Instance | None) -> None:
+    """Take `old` out of Consul, wait until no HAProxy sends to it, and stop it."""
+    _register(member, [new] if new else [])
+    _drain(member, old)
+    grace_s = int(member.data.app_kill_timeout_s)
+    _run(member, f"docker stop --time {grace_s} {old.name}", timeout_s=grace_s + 60)
+
+
+def _drain(member: Host, old: Instance) -> None:
+    wait_until(
+        f"HAProxy to let go of {old.name}",
+        lambda: "it still serves",
+        float(member.data.app_shutdown_delay_s),
+        lambda line: _say(member, line),
+    )
+
+
+def _take_away(member: Host, new: Instance, old: Instance | None) -> str:
+    """Remove a container that failed, in the order that drops no request; returns its last log lines."""
+    log = _run(member, f"docker logs --tail 10 {new.name} 2>&1 || true") or ["it logged nothing"]
+    try:
+        _leave(member, new, old)
+        _run(member, f"docker rm --force {new.name}")
+    except Failed as fault:
+        log.append(f"it could not be removed: {fault}")
+    return "\n".join(f"  {new.name}: {line}" for line in log)
+
+
+def _go_back(member: Host, old: Instance | None) -> str:
+    """Replace a new container by the one that ran before, if any; returns how that went in one line."""
+    _say(member, f"going back to {old.version if old else 'nothing'}")
+    try:
+        new = next(i for i in instances(member) if i.up and i != old)
+        if old:
+            _run(member, f"docker start {old.name}")
+            _join(member, old, new)
+        _leave(member, new, old)
+        _run(member, f"docker rm --force {new.name}")
+    except (Failed, Lost, *Unavailable) as fault:
+        return f"{member.name}: could not go back: {fault}"
+    return f"{member.name}: back to {old.version}" if old else f"{member.name}: runs no app, as before"
+
+
+def _register(member: Host, services: list[Instance]) -> None:
+    """Make these the worker's instances in Consul, and see that its catalog has them."""
+    part = f"{SERVICE_FILE}.new"  # Consul reads *.json and *.hcl
+    _run(
+        member,
+        f"umask 027 && cat > {part} && chown consul:consul {part} && mv {part} {SERVICE_FILE}"
+        " && systemctl reload consul",
+        stdin=service_file(member.data, services),
+    )
+    wanted = {service.name for service in services}
+    missing = wait_until(
+        "Consul to take the service file",
+        lambda: None if set(_statuses(member)) == wanted else "its catalog has other instances",
+        float(member.data.roll_deadline_s),
+        lambda line: _say(member, line),
+    )
+    if missing:
+        _run(member, "true")  # raises Lost if that is the reason
+        raise Failed(f"{member.name}: {SERVICE_FILE} written, but {missing}; see journalctl -u consul there")
+
+
+def _run(member: Host, command: str, stdin: str | None = None, timeout_s: int = 60) -> list[str]:
+    """The lines that `command` prints on a worker, as root. Raises Failed, or Lost."""
+    try:
+        with gevent.Timeout(timeout_s, TimeoutError(f"no answer in {timeout_s} s")):
+            ok, output = member.run_shell_command(command, _sudo=True, _stdin=stdin)
+            if not ok:  # a connection that broke looks like a command that failed, without a word
+                member.run_shell_command("true")
+    except (SSHException, EOFError, OSError) as error:
+        raise Lost(f"{member.name}: lost, {error or type(error).__name__}") from None
+    if not ok:
+        reason = " ".join(line for line in output.output_lines if line and "--help" not in line)
+        raise Failed(f"{member.name}: {reason or f'no message from {command}'}")
+    lines: list[str] = output.stdout_lines
+    return lines
+
+
+def _say(member: Host, line: str) -> None:
+    logger.info(f"{member.print_prefix}{line}")
+
+
+# Around a restart of Docker
+
+
+def pause(member: Host) -> str | None:
+    """Take the worker's instances out of Consul and drain them, but let them run. What failed, or None."""
+    try:
+        up = [instance for instance in instances(member) if instance.up]
+        if up:
+            _register(member, [])
+            _drain(member, up[0])
+    except (Failed, Lost) as fault:
+        return str(fault)
+    return None
+
+
+def resume(member: Host) -> str | None:
+    """Put what runs back into Consul, and wait until it is healthy. What failed, or None."""
+    try:
+        up = [instance for instance in instances(member) if instance.up]
+        if up:
+            _join(member, up[-1], up[0] if len(up) == 2 else None)
+    except (Failed, Lost) as fault:
+        return str(fault)
+    return None
+
+
+@operation()
+def resume_if_paused() -> Generator[FunctionCommand]:
+    """Put back what an interrupted run has taken out of Consul; what release.py left is its own."""
+    up = [instance for instance in instances(host) if instance.up]
+    registered = "".join(_service_lines(host))
+    if not up or any(f'"id": "{instance.name}"' in registered for instance in up):
+        host.noop("what runs is in Consul")
+        return
+    yield FunctionCommand(_resume, (), {})
+
+
+def _resume(state: State, host: Host) -> bool:
+    fault = resume(host)
+    if fault:
+        logger.error(fault)
+    return fault is None
+
+
+# The registry
+
+
+@deploy("Docker")
+def configure() -> None:
+    """Before Docker's first start, so that a reboot finds it."""
+    unit = files.put(
+        name="Let Docker wait for the private address",
+        src="templates/containers/private-address.conf",
+        dest=DOCKER_UNIT,
+        mode="644",
+    )
+    systemd.daemon_reload(name="Read Docker's unit again", _if=unit.did_change)
+
+
+@deploy("Registry")
+def run_registry() -> None:
+    """On this worker; whether it answers is to be asked of Consul."""
+    run_registry_container(name="Run a registry")
+    files.put(
+        name="Describe the registry to Consul",
+        src=StringIO(json.dumps({"service": registry_service(host.data)}, indent=2) + "\n"),
+        dest=REGISTRY_FILE,
+        user="consul",
+        group="consul",
+        mode="640",
+    )
+    reload_consul_if_unaware(name="Register the registry in Consul", service=registry_service(host.data))
+
+
+def registry_arguments(data: HostData) -> list[str]:
+    """`docker run` arguments, image included; the limits of the registry's Nomad job."""
+    port = data.registry_port
+    return [
+        "--name=registry",
+        f"--publish=127.0.0.1:{port}:5000",
+        f"--publish={data.address}:{port}:5000",
+        "--restart=unless-stopped",
+        "--read-only",
+        "--cap-drop=ALL",
+        "--security-opt=no-new-privileges",
+        "--volume=/var/lib/registry:/var/lib/registry",
+        data.registry_image,
+    ]
+
+
+def registry_service(data: HostData) -> dict[str, Any]:
+    """The registry in Consul, as its Nomad job registers it."""
+    return {
+        "id": "registry",
+        "name": "registry",
+        "address": data.address,
+        "port": data.registry_port,
+        "check": {
+            "http": f"http://{data.address}:{data.registry_port}/v2/",
+            "interval": "10s",
+            "timeout": "2s",
+        },
+    }
+
+
+class ContainerConfig(FactBase[str]):
+    """The label hashistack.config of a running container; "" if it does not run."""
+
+    def command(self, name: str) -> str:
+        return (
+            "! command -v docker >/dev/null || docker ps"
+            f" --filter name=^{name}$ --format '{{{{.Label \"hashistack.config\"}}}}' || true"
+        )
+
+    def process(self, output: Iterable[str]) -> str:
+        return "".join(output).strip()
+
+
+@operation()
+def run_registry_container() -> Generator[str]:
+    """Run it anew where it does not run with these arguments (docker.container would not see them)."""
+    wanted = registry_arguments(host.data)
+    config = _hash(wanted)
+    if host.get_fact(ContainerConfig, name="registry") == config:
+        host.noop("the registry runs as it should")
+        return
+    yield "! docker inspect registry >/dev/null 2>&1 || docker rm --force registry"
+    yield shlex.join(["docker", "run", "--detach", f"--label=hashistack.config={config}", *wanted])
+
+
+@operation()
+def reload_consul_if_unaware(service: dict[str, Any]) -> Generator[str]:
+    """Reload where the agent does not have this service: what it knows decides, not what we wrote."""
+    try:
+        with consul_api(host) as api:
+            known = api.agent.services().get(service["id"], {})
+    except Unavailable:
+        known = {}
+    if (known.get("Address"), known.get("Port")) == (service["address"], service["port"]):
+        host.noop("Consul knows the registry")
+        return
+    yield "systemctl reload consul"

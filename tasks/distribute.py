@@ -1,0 +1,179 @@
+"""An app image's way: built once on the builder, copied to each worker's registry, pulled by digest.
+
+What the registries hold is the truth: a version is released when one of them has it, and its image is
+never built again. Registries are read from the controller, through SSH.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Generator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import requests
+from pyinfra import host, logger
+from pyinfra.api import FunctionCommand, operation
+from pyinfra.api.host import Host
+from pyinfra.api.state import State
+from pyinfra.facts.docker import DockerImage
+from pyinfra.facts.server import Arch
+
+from tasks import cluster, image, rolling
+from tasks.registry import DEBIAN_ARCH
+
+_MANIFEST = (
+    "application/vnd.docker.distribution.manifest.v2+json, application/vnd.oci.image.manifest.v1+json"
+)
+
+
+def _get(member: Host, path: str) -> requests.Response | None:
+    """What the registry on `member` has at /v2/<app>/<path>; None for nothing, else Unavailable."""
+    with cluster.forward(member, member.data.registry_port) as port:
+        url = f"http://127.0.0.1:{port}/v2/{member.data.app_name}/{path}"
+        answer = requests.get(url, headers={"Accept": _MANIFEST}, timeout=cluster.TIMEOUT_S)
+    if answer.status_code == 404:
+        return None
+    answer.raise_for_status()
+    return answer
+
+
+def digest(member: Host, version: str) -> str | None:
+    """sha256:... of the image of `version` in the registry on `member`, or None."""
+    answer = _get(member, f"manifests/{version}")
+    return answer.headers["Docker-Content-Digest"] if answer else None
+
+
+def source(member: Host, version: str) -> str:
+    """The hash of the folder that the released image was built from."""
+    manifest = _get(member, f"manifests/{version}")
+    config = manifest and _get(member, f"blobs/{manifest.json()['config']['digest']}")
+    labels: dict[str, str] = config.json()["config"].get("Labels") or {} if config else {}
+    return labels.get("hashistack.source", "")
+
+
+def digests(version: str) -> dict[Host, str | None]:
+    """Worker of this run -> what its registry holds of `version`."""
+    return {member: digest(member, version) for member in rolling.members("workers")}
+
+
+def origin(version: str) -> Host | None:
+    """A worker of this run whose registry holds `version`, or None if it was never released."""
+    return next((m for m in rolling.members("workers") if digest(m, version)), None)
+
+
+def reference(member: Host, version: str) -> str | None:
+    """The image of `version` by digest, as the Docker on `member` knows it; None if not in its registry."""
+    found = digest(member, version)
+    return f"{_repository(member)}@{found}" if found else None
+
+
+def disagreement(version: str) -> str | None:
+    """Registries hold the same image of a version or none: anything else needs a person."""
+    found = {member.name: value for member, value in digests(version).items() if value}
+    if len(set(found.values())) < 2:
+        return None
+    return f"the registries hold different images of {version}: " + ", ".join(
+        f"{name} {value[:19]}" for name, value in sorted(found.items())
+    )
+
+
+def _repository(member: Host) -> str:
+    return f"127.0.0.1:{member.data.registry_port}/{member.data.app_name}"
+
+
+@operation()
+def build(version: str) -> Generator[FunctionCommand]:
+    """Build the image on this host and push it to its registry, unless `version` was released."""
+    if origin(version):
+        host.noop(f"{version} was released before: its image is used")
+        return
+    yield FunctionCommand(_build, (version,), {})
+
+
+def _build(state: State, host: Host, version: str) -> bool:
+    folder = Path(host.data.app_folder)
+    tar = f"/var/tmp/{host.data.app_name}-{version}.tar"
+    tag = f"{_repository(host)}:{version}"
+    try:
+        context = image.build_context(folder, DEBIAN_ARCH[host.get_fact(Arch)])
+        logger.info(f"{host.print_prefix}building {tag}")
+        host.put_file(BytesIO(context), tar, _sudo=True)
+        command = build_command(host.data, tag, version, image.source_hash(folder), tar)
+        fault = run(host, command) or run(host, f"docker push -q {tag}")
+    except (image.ImageError, *cluster.Unavailable) as error:
+        fault = str(error)
+    if fault:
+        logger.error(f"{host.print_prefix}{version} is not built: {fault}. Nothing was released.")
+    return not fault
+
+
+def build_command(data: Any, tag: str, version: str, source: str, tar: str) -> str:
+    """`docker build` from a tar on the host, which is gone afterwards."""
+    arguments = {"APP_VERSION": version, "BASE_IMAGE": data.app_base_image}
+    labels = {"hashistack.source": source, "hashistack.version": version}
+    words = [f"--build-arg {shlex.quote(f'{key}={value}')}" for key, value in arguments.items()]
+    words += [f"--label {shlex.quote(f'{key}={value}')}" for key, value in labels.items()]
+    return f"trap 'rm -f {tar}' EXIT; docker build -q -t {tag} {' '.join(words)} - < {tar}"
+
+
+def run(member: Host, command: str) -> str | None:
+    """Run `command` on `member` as root; the last line of its errors if it fails."""
+    try:
+        ok, output = member.run_shell_command(command, _sudo=True)
+    except cluster.Unavailable as error:
+        return f"{member.name} does not answer ({error or type(error).__name__})"
+    if ok:
+        return None
+    return (output.stderr_lines or output.stdout_lines or ["no message"])[-1].strip()
+
+
+@operation()
+def copy(version: str) -> Generator[FunctionCommand]:
+    """Bring the image from a registry that holds it to this worker's own; the digest stays the same."""
+    if digest(host, version):
+        host.noop(f"the registry holds {version}")
+        return
+    yield FunctionCommand(_copy, (version,), {})
+
+
+def _copy(state: State, host: Host, version: str) -> bool:
+    try:
+        member = origin(version)
+        fault = run(member, copy_command(host, version)) if member else "no registry holds it"
+    except cluster.Unavailable as error:
+        fault = str(error)
+    if fault:
+        logger.error(f"{host.print_prefix}{version} is not in its registry: {fault}")
+    return not fault
+
+
+def copy_command(member: Host, version: str) -> str:
+    """Run where the image is: from the local registry to the one on `member`."""
+    name = f"{member.data.app_name}:{version}"
+    port = member.data.registry_port
+    return (
+        "skopeo copy --quiet --preserve-digests --src-tls-verify=false --dest-tls-verify=false"
+        f" docker://127.0.0.1:{port}/{name} docker://{member.data.address}:{port}/{name}"
+    )
+
+
+@operation()
+def pull(version: str) -> Generator[FunctionCommand]:
+    """Have the image in this worker's Docker before anything is started from it."""
+    image = reference(host, version)
+    if image and host.get_fact(DockerImage, object_id=image):
+        host.noop(f"{version} is pulled")
+        return
+    yield FunctionCommand(_pull, (version,), {})
+
+
+def _pull(state: State, host: Host, version: str) -> bool:
+    try:
+        fault = run(host, f"docker pull -q {reference(host, version)}")
+    except cluster.Unavailable as error:
+        fault = str(error)
+    if fault:
+        logger.error(f"{host.print_prefix}{version} cannot be pulled: {fault}")
+    return not fault

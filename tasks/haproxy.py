@@ -1,0 +1,160 @@
+"""HAProxy on group `proxies`: consul-template renders its configuration, haproxy-apply puts it in place.
+
+consul-template (unprivileged) renders a whole configuration into a spool. A systemd path unit starts
+haproxy-apply (root), which checks it, swaps it in, reloads HAProxy and sees that the new worker runs;
+otherwise the old configuration stays. deploy.py never writes the live file: a changed knob is a changed
+template, and takes the same way as a changed backend.
+
+Servers in the backend are named <app>-<version>-<address>-<port>, so that HAProxy's statistics
+(http://127.0.0.1:8404/;csv on the proxy) show which version serves. An instance without a
+`version-` tag in Consul has the version "unknown".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+
+from pyinfra import host
+from pyinfra.api import FactBase, deploy, operation
+from pyinfra.operations import files, server
+
+from tasks import artifact, rolling
+
+LIVE = "/etc/haproxy/haproxy.cfg"
+WITHOUT_SERVERS = "/etc/haproxy/without-servers.cfg"  # what LIVE is but for its server lines
+SPOOL = "/var/lib/consul-template/haproxy.cfg"
+FAULT = "/var/lib/haproxy-apply/fault"  # one line, there while the newest candidate is not live
+SYSTEMD = "/etc/systemd/system"
+DROP_IN = f"{SYSTEMD}/haproxy.service.d/hashistack.conf"
+CONSUL_TEMPLATE = [
+    "/etc/consul-template/consul-template.hcl",
+    "/etc/consul-template/haproxy.cfg.ctmpl",
+    f"{SYSTEMD}/consul-template.service",
+    "/usr/local/bin/consul-template",
+]
+
+
+@deploy("HAProxy")
+def install() -> None:
+    hold_package(name="Hold HAProxy's package")
+    server.user(
+        name="Create consul-template's user",
+        user="consul-template",
+        system=True,
+        home="/var/lib/consul-template",
+        shell="/usr/sbin/nologin",
+    )
+    files.directory(
+        name="Create the spool",
+        path="/var/lib/consul-template",
+        user="consul-template",
+        group="consul-template",
+        mode="755",
+    )
+    artifact.install(
+        name="Install consul-template",
+        tool="consul-template",
+        version=host.data.consul_template_version,
+    )
+    _configure()
+    load_units(name="Load the units and watch the spool")
+    put_first(name="Answer 503 until consul-template has found the app")
+    rolling.start_if_stopped(name="Start HAProxy where it is stopped", unit="haproxy", files=[DROP_IN])
+    rolling.restart_if_stale(
+        name="Restart consul-template if it is stale", unit="consul-template", files=CONSUL_TEMPLATE
+    )
+    rolling.wait_until_healthy(
+        name="Check that HAProxy runs with the current template", what="HAProxy", fault=fault
+    )
+
+
+def _configure() -> None:
+    files.template(
+        name="Configure consul-template",
+        src="templates/haproxy/consul-template.hcl.j2",
+        dest="/etc/consul-template/consul-template.hcl",
+        mode="644",
+    )
+    for dest, discover in host.loop(
+        [(WITHOUT_SERVERS, False), ("/etc/consul-template/haproxy.cfg.ctmpl", True)]
+    ):
+        files.template(
+            name=f"Write HAProxy's {'template' if discover else 'configuration without servers'}",
+            src="templates/haproxy/haproxy.cfg.j2",
+            dest=dest,
+            mode="644",
+            jinja_env_kwargs={"trim_blocks": True},
+            discover=discover,
+        )
+    for src, dest in host.loop(
+        [
+            ("consul-template.service", f"{SYSTEMD}/consul-template.service"),
+            ("haproxy-apply.service", f"{SYSTEMD}/haproxy-apply.service"),
+            ("haproxy-apply.path", f"{SYSTEMD}/haproxy-apply.path"),
+            ("haproxy.conf", DROP_IN),
+        ]
+    ):
+        files.put(name=f"Write {dest}", src=f"templates/haproxy/{src}", dest=dest, mode="644")
+    files.put(
+        name="Write haproxy-apply",
+        src="templates/haproxy/haproxy-apply",
+        dest="/usr/local/sbin/haproxy-apply",
+        mode="755",
+    )
+
+
+class Answer(FactBase[bool]):
+    """Whether a shell condition holds on the host."""
+
+    def command(self, condition: str) -> str:
+        return f"if {condition}; then echo yes; else echo no; fi"
+
+    def process(self, output: Iterable[str]) -> bool:
+        return list(output)[-1:] == ["yes"]
+
+
+@operation()
+def hold_package() -> Generator[str]:
+    """An upgrade of the package would restart HAProxy; we only ever reload it."""
+    if host.get_fact(Answer, condition="apt-mark showhold haproxy | grep -qx haproxy"):
+        host.noop("haproxy is held")
+        return
+    yield "apt-mark hold haproxy"
+
+
+@operation()
+def load_units() -> Generator[str]:
+    """Make systemd read unit files that are newer than what it knows, and start the path unit."""
+    units = "haproxy.service consul-template.service haproxy-apply.service haproxy-apply.path"
+    current = (
+        f"! systemctl show -P NeedDaemonReload {units} | grep -q yes"
+        " && systemctl is-active -q haproxy-apply.path && systemctl is-enabled -q haproxy-apply.path"
+    )
+    if host.get_fact(Answer, condition=current):
+        host.noop("systemd knows the current units")
+        return
+    yield "systemctl daemon-reload"
+    yield "systemctl enable -q haproxy-apply.path && systemctl restart haproxy-apply.path"
+
+
+@operation()
+def put_first() -> Generator[str]:
+    """Replace a live configuration that is not ours (the package's) by one without servers."""
+    if host.get_fact(Answer, condition=f"grep -qs '^# Rendered by consul-template' {LIVE}"):
+        host.noop("HAProxy has our configuration")
+        return
+    yield f"cp {WITHOUT_SERVERS} {SPOOL}.first && mv {SPOOL}.first {SPOOL}"
+    yield f"systemctl start haproxy-apply.service || {{ cat {FAULT} >&2; exit 1; }}"
+
+
+def fault() -> str | None:
+    """What keeps HAProxy from running with the current template and Consul's newest answer, or None."""
+    command = (
+        f"if [ -s {FAULT} ]; then cat {FAULT};"
+        " elif ! systemctl is-active -q haproxy; then echo HAProxy does not run;"
+        " elif ! systemctl is-active -q consul-template; then echo consul-template does not run;"
+        f" elif ! grep -v '^ *server ' {LIVE} | cmp -s - {WITHOUT_SERVERS};"
+        " then echo consul-template has not rendered the current template yet; fi"
+    )
+    ok, output = host.run_shell_command(command, _sudo=True)
+    return output.stdout.strip() or (None if ok else f"cannot ask: {output.stderr}")

@@ -1,0 +1,374 @@
+"""The app as a Nomad job: plan a version, register it, follow its deployment to the end.
+
+The functions that get `api` (a python-nomad client) are the logic and know nothing of pyinfra; the
+operation at the end finds an agent to talk to, and another one when that host is lost on the way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from nomad import Nomad
+from nomad.api.exceptions import BaseNomadException
+from pyinfra import host, logger
+from pyinfra.api import DeployError, FunctionCommand, operation
+from pyinfra.api.host import Host
+from pyinfra.api.state import State
+
+from tasks import distribute, rolling
+from tasks.cluster import Unavailable, nomad_api, wait_until
+
+# Stands for the image in a plan that is made before the image exists: placing does not look at it.
+NO_DIGEST = "sha256:" + 64 * "0"
+# A lost server makes the others elect a leader; longer silence is an outage.
+_SILENCE_S = 60
+# Nomad counts a silent client as ready for 10-20 s.
+_LOST_S = 30
+
+_templates = Environment(
+    loader=FileSystemLoader("templates"),
+    undefined=StrictUndefined,
+    autoescape=False,
+    trim_blocks=True,
+)
+
+
+def render(data: Any, version: str, digest: str) -> str:
+    """The job's HCL. `data` has the app's knobs (group_data) as attributes or keys."""
+    return _templates.get_template("app/app.nomad.hcl.j2").render(
+        data=data, version=version, digest=digest
+    )
+
+
+def plan(api: Nomad, hcl: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parsed job, and what Nomad would do with it. Nothing is changed."""
+    job: dict[str, Any] = api.jobs.parse(hcl)
+    return job, api.job.plan_job(job["ID"], {"Job": job}, diff=True)
+
+
+def changes(planned: dict[str, Any]) -> bool:
+    return bool(planned["Diff"]["Type"] != "None")
+
+
+def unplaceable(failed: dict[str, Any] | None) -> str | None:
+    """Why Nomad finds no node, from a plan's or an evaluation's FailedTGAllocs; None if it does."""
+    reasons = []
+    for metrics in (failed or {}).values():
+        nodes = metrics["NodesEvaluated"]
+        lacks = {
+            **(metrics["ConstraintFiltered"] or {}),
+            **{f"too little {what}": n for what, n in (metrics["DimensionExhausted"] or {}).items()},
+        }
+        reasons += [f"{reason} (on {count} of {nodes} nodes)" for reason, count in lacks.items()]
+        if not lacks:
+            reasons.append(f"none of {nodes} nodes is ready for it")
+    return f"Nomad cannot place it: {', '.join(reasons)}" if reasons else None
+
+
+def register(api: Nomad, job: dict[str, Any], planned: dict[str, Any]) -> int:
+    """Register the job as planned; answers its version number. Raises if it changed since the plan."""
+    api.jobs.register_job(
+        {"Job": job, "EnforceIndex": True, "JobModifyIndex": planned["JobModifyIndex"]}
+    )
+    return int(api.job.get_job(job["ID"])["Version"])
+
+
+def deployment_of(api: Nomad, job_id: str, number: int) -> dict[str, Any] | None:
+    """The newest deployment of one version number of the job."""
+    mine = [d for d in api.job.get_deployments(job_id) or [] if d["JobVersion"] == number]
+    return max(mine, key=lambda d: int(d["CreateIndex"]), default=None)
+
+
+def progress(deployment: dict[str, Any]) -> str:
+    """One line: how far it is."""
+    (group,) = deployment["TaskGroups"].values()
+    if group["DesiredCanaries"] and not group["Promoted"]:
+        line = f"canary: {group['HealthyAllocs']} of {group['DesiredCanaries']} healthy"
+    else:
+        line = f"{group['HealthyAllocs']} of {group['DesiredTotal']} instances healthy"
+    if group["UnhealthyAllocs"]:
+        line += f", {group['UnhealthyAllocs']} unhealthy"
+    return line
+
+
+def follow(
+    api: Nomad, job_id: str, number: int, say: Callable[[str], Any], poll_s: float = 0.5
+) -> str | None:
+    """Follow the deployment of a job version to its end; what went wrong, or None.
+
+    An unhealthy instance ends it at once: Nomad alone would try until its progress deadline. `say`
+    gets a line when something changes. May be called again for the same version after a broken call.
+    """
+    shown, since = "", time.monotonic()
+    while True:
+        deployment = deployment_of(api, job_id, number)
+        if deployment is None:
+            if _evaluated(api, job_id):
+                return None  # nothing to start: Nomad makes no deployment
+        else:
+            line = progress(deployment)
+            if line != shown:
+                say(line)
+                shown, since = line, time.monotonic()
+            if deployment["Status"] == "successful":
+                return None
+            fault = _ended(api, deployment) or _stuck(api, deployment, time.monotonic() - since)
+            if fault:
+                return fault
+        time.sleep(poll_s)
+
+
+def _evaluated(api: Nomad, job_id: str) -> bool:
+    return all(e["Status"] not in ("pending", "blocked") for e in api.job.get_evaluations(job_id))
+
+
+def _ended(api: Nomad, deployment: dict[str, Any]) -> str | None:
+    """Why the deployment has failed or must: Nomad's word, or an unhealthy instance."""
+    if deployment["Status"] == "cancelled":
+        return f"another release replaced this one ({deployment['StatusDescription']})"
+    fault = unhealthy(api, api.deployment.get_deployment_allocations(deployment["ID"]))
+    if deployment["Status"] == "failed":
+        return fault or _not_placed(api, deployment) or str(deployment["StatusDescription"])
+    if fault:
+        api.deployment.fail_deployment(deployment["ID"])
+    return fault
+
+
+def _stuck(api: Nomad, deployment: dict[str, Any], quiet_s: float) -> str | None:
+    """An instance that finds no node starts no deadline of Nomad's: ours is as long."""
+    (group,) = deployment["TaskGroups"].values()
+    if quiet_s < group["ProgressDeadline"] / 1e9 + 10:
+        return None
+    api.deployment.fail_deployment(deployment["ID"])
+    return _not_placed(api, deployment) or f"no progress for {quiet_s:.0f} s"
+
+
+def _not_placed(api: Nomad, deployment: dict[str, Any]) -> str | None:
+    failures = [
+        evaluation["FailedTGAllocs"]
+        for evaluation in api.job.get_evaluations(deployment["JobID"])
+        if evaluation["FailedTGAllocs"] and evaluation["DeploymentID"] == deployment["ID"]
+    ]
+    return unplaceable(failures[0]) if failures else None
+
+
+def unhealthy(api: Nomad, allocations: list[dict[str, Any]]) -> str | None:
+    """Where an instance is unhealthy, why, and its last words; None if none is.
+
+    One on a node that no longer answers does not count: Nomad replaces it elsewhere.
+    """
+    for allocation in allocations:
+        if (allocation["DeploymentStatus"] or {}).get("Healthy") is False:
+            if _answers(api, allocation["NodeID"]):
+                return f"unhealthy on {allocation['NodeName']}: {_events(allocation)}{_log(api, allocation)}"
+    return None
+
+
+def _answers(api: Nomad, node_id: str) -> bool:
+    try:
+        api.client.stats.read_stats(node_id)
+    except BaseNomadException:
+        return False
+    return True
+
+
+def _events(allocation: dict[str, Any]) -> str:
+    """The last two different things that happened to the instance's task, as Nomad words them."""
+    for task in (allocation["TaskStates"] or {}).values():
+        told = [event["DisplayMessage"] for event in task["Events"] or []]
+        worth = [line for line in dict.fromkeys(told) if not line.startswith(_ROUTINE)]
+        return "; ".join((worth or told)[-2:])
+    return str(allocation["ClientDescription"])
+
+
+_ROUTINE = (
+    "Unhealthy because of failed task",
+    "Building Task Directory",
+    "Task received",
+    "Task restarting",
+    "Task started",
+    "Downloading image",
+)
+
+
+def _log(api: Nomad, allocation: dict[str, Any]) -> str:
+    """The last lines that the instance wrote, errors first, or nothing if it never started."""
+    for stream in ("stderr", "stdout"):
+        try:
+            text = api.client.stream_logs.stream(
+                allocation["ID"],
+                next(iter(allocation["TaskStates"])),
+                stream,
+                offset=2000,
+                origin="end",
+                plain=True,
+            )
+        except BaseNomadException:
+            continue
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if lines:
+            return f"; its log ends: {' | '.join(lines[-3:])}"
+    return ""
+
+
+def restore(api: Nomad, job_id: str, number: int, say: Callable[[str], Any]) -> str:
+    """After a failure: wait until what Nomad went back to is stable. Answers how that went.
+
+    The very first version has nothing to go back to: its job is removed, as before the release.
+    """
+    job = api.job.get_job(job_id)
+    if job["Version"] == number:
+        api.job.deregister_job(job_id, purge=True)
+        return "it was the first version, so its job is removed"
+    say(f"going back to {job['Meta']['version']}")
+    fault = follow(api, job_id, job["Version"], say)
+    return f"going back failed too: {fault}" if fault else f"{job['Meta']['version']} serves as before"
+
+
+def said(error: Exception) -> str:
+    """An error in one line, without python-nomad's words around Nomad's own."""
+    answer = getattr(error, "nomad_resp", None)
+    text = getattr(answer, "text", None) or str(answer or error) or type(error).__name__
+    return " ".join(text.split())
+
+
+# ---- pyinfra's side
+
+
+def check(version: str) -> None:
+    """In prepare, before anything is built: Nomad would take this job and has room for it."""
+    with _refusing("Nomad"), nomad_api(_agent()) as api:
+        _, planned = plan(api, _hcl(version))
+        fault = unplaceable(planned["FailedTGAllocs"])
+    if fault:
+        raise DeployError(f"{version}: {fault}; change app_count, its resources or the nodes")
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Unavailable as error:
+        raise DeployError(f"{host.name}: {what}: {said(error)}") from None
+
+
+def _hcl(version: str) -> str:
+    member = distribute.origin(version)
+    found = distribute.digest(member, version) if member else None
+    return render(host.data, version, found or NO_DIGEST)
+
+
+def _agent() -> Host:
+    """A worker of this run whose agent answers and knows a leader."""
+    error: Exception = OSError("no worker takes part in this run")
+    for member in rolling.members("workers"):
+        try:
+            with nomad_api(member) as api:
+                api.status.leader.get_leader()
+            return member
+        except Unavailable as lost:
+            error = lost
+    raise error
+
+
+def _persist(step: Callable[[Nomad], str | None]) -> str | None:
+    """Run `step`, again with another agent when its own is lost, until none answers for a minute."""
+    silent = time.monotonic()
+    while True:
+        started = None
+        try:
+            member = _agent()
+            started = time.monotonic()
+            with nomad_api(member) as api:
+                return step(api)
+        except Unavailable as error:
+            now = time.monotonic()
+            if started and now - started > 10:
+                silent = now
+            if now - silent > _SILENCE_S:
+                return f"Nomad does not answer ({said(error)}); run the same again to go on"
+            time.sleep(1)
+
+
+@operation()
+def roll(version: str) -> Generator[FunctionCommand]:
+    """Run `version` everywhere: plan, register, follow; back to the old one if it fails.
+
+    Called on each worker and done by the first one left, so that the loss of one does not end it.
+    """
+    if host.name != rolling.members("workers")[0].name:
+        host.noop("another worker leads")
+    elif _settled(version):
+        logger.info(f"{host.print_prefix}{version} runs as it should: nothing to do")
+        host.noop(f"{version} runs")
+    else:
+        yield FunctionCommand(_roll, (version,), {})
+
+
+def _settled(version: str) -> bool:
+    """Nomad sees no difference, and no deployment of this version is under way."""
+    try:
+        with nomad_api(_agent()) as api:
+            job, planned = plan(api, _hcl(version))
+            if changes(planned):
+                return False
+            deployment = deployment_of(api, job["ID"], api.job.get_job(job["ID"])["Version"])
+            return not deployment or deployment["Status"] == "successful"
+    except Unavailable:
+        return False  # what is wrong is said when the release itself meets it
+
+
+def _roll(state: State, host: Host, version: str) -> bool:
+    def say(line: str) -> None:
+        logger.info(f"{host.print_prefix}{version}: {line}")
+
+    try:
+        fault = _release(version, say)
+    except Unavailable as error:
+        fault = f"Nomad does not answer ({said(error)}); run the same again to go on"
+    if fault:
+        logger.error(f"{host.print_prefix}{version}: {fault}")
+    return not fault
+
+
+def _release(version: str, say: Callable[[str], Any]) -> str | None:
+    fault = distribute.disagreement(version) or wait_until("Nomad", _strangers, _LOST_S, say)
+    if fault:
+        return fault
+    with nomad_api(_agent()) as api:
+        job, planned = plan(api, _hcl(version))
+        fault = unplaceable(planned["FailedTGAllocs"])
+        if fault:
+            return f"{fault}; nothing was changed"
+        if changes(planned):
+            number = register(api, job, planned)
+        else:
+            number = api.job.get_job(job["ID"])["Version"]  # an interrupted release is followed
+    fault = _persist(lambda api: follow(api, job["ID"], number, say))
+    if fault is None or "another release" in fault:
+        return fault
+    say(fault)
+    return f"not released: {fault}; " + str(_persist(lambda api: restore(api, job["ID"], number, say)))
+
+
+def _strangers() -> str | None:
+    """Nodes that Nomad would use although they are not in this run and so do not have the image."""
+    taking_part = {member.name for member in rolling.members("workers")}
+    with nomad_api(_agent()) as api:
+        nodes = api.nodes.get_nodes()
+    ready = {
+        node["Name"]
+        for node in nodes
+        if node["Status"] == "ready" and node["SchedulingEligibility"] == "eligible"
+    }
+    names = ", ".join(sorted(ready - taking_part))
+    if not names:
+        return None
+    return (
+        f"{names}: Nomad would use it, but it is not in this run and lacks the image; take it in, or"
+        " make it ineligible (nomad node eligibility -disable)"
+    )

@@ -1,0 +1,84 @@
+"""What serves now, as Consul and each HAProxy see it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from typing import Any
+
+import requests
+from pyinfra import host
+
+from tasks import cluster, rolling
+
+# One instance: (version, address, port). Version "unknown" is one without a version- tag.
+Instance = tuple[str, str, int]
+
+
+def instances(entries: list[dict[str, Any]]) -> set[Instance]:
+    """Consul's health entries of the app's service as instances."""
+    return {
+        (
+            entry["Service"].get("Meta", {}).get("version", "unknown"),
+            entry["Service"]["Address"] or entry["Node"]["Address"],
+            entry["Service"]["Port"],
+        )
+        for entry in entries
+    }
+
+
+def consul_fault(found: set[Instance], version: str, count: int) -> str | None:
+    """Exactly `count` passing instances, all of `version`; otherwise what is there instead."""
+    others = sorted({v for v, _, _ in found if v != version})
+    if others:
+        return f"{', '.join(others)} is still in Consul"
+    if len(found) != count:
+        return f"{len(found)} of {count} instances of {version} pass in Consul"
+    return None
+
+
+def haproxy_fault(stats: str, app: str, found: set[Instance]) -> str | None:
+    """HAProxy's statistics (CSV) have exactly Consul's instances as servers, and all are up."""
+    rows = csv.DictReader(io.StringIO(stats.lstrip("# ")))
+    servers = {
+        row["svname"]: row["status"]
+        for row in rows
+        if row["pxname"] == app and row["svname"] not in ("FRONTEND", "BACKEND")
+    }
+    expected = {f"{app}-{version}-{address}-{port}" for version, address, port in found}
+    wrong = [f"{name} is not in HAProxy" for name in sorted(expected - servers.keys())]
+    wrong += [f"{name} is still in HAProxy" for name in sorted(servers.keys() - expected)]
+    wrong += [f"{name} is {is_}" for name, is_ in sorted(servers.items()) if not is_.startswith("UP")]
+    return "; ".join(wrong) or None
+
+
+def passing() -> set[Instance]:
+    """The app's passing instances, as the Consul agent of this host knows them."""
+    with cluster.consul_api(host) as api:
+        return instances(api.health.service(host.data.app_name, passing=True)[1])
+
+
+def running_versions() -> set[str]:
+    """Versions of all the app's instances in Consul, healthy or not."""
+    with cluster.consul_api(host) as api:
+        return {v for v, _, _ in instances(api.health.service(host.data.app_name)[1])}
+
+
+def exactly(version: str, count: int) -> Callable[[], str | None]:
+    """A question for a proxy: does exactly `version` serve, in Consul and through its HAProxy?"""
+
+    def fault() -> str | None:
+        found = passing()
+        return consul_fault(found, version, count) or haproxy_fault(
+            _stats(), host.data.app_name, found
+        )
+
+    return fault
+
+
+def _stats() -> str:
+    with cluster.forward(host, host.data.haproxy_stats_port) as port:
+        answer = requests.get(f"http://127.0.0.1:{port}/;csv", timeout=cluster.TIMEOUT_S)
+    answer.raise_for_status()
+    return answer.text
