@@ -13,6 +13,7 @@ from lab.settings import ROOT, LabError
 
 VENV = ROOT / ".venv"
 REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")
+MADE_FROM = VENV / "made-from"
 ENGINE_LOG = ROOT / ".vagrant" / "dockerd.log"
 ENGINE_PID = ROOT / ".vagrant" / "dockerd.pid"
 ENGINE_DEADLINE_S = 60
@@ -45,27 +46,30 @@ def install_packages(packages: list[str]) -> None:
     run(*argv, "install", "--no-install-recommends", *packages)
 
 
-def make_venv() -> bool:
-    """Make .venv as requirements*.txt say, unless it is so already; returns False then."""
-    wanted = "".join((ROOT / name).read_text() for name in REQUIREMENTS)
-    made_from = VENV / "requirements"
-    if made_from.exists() and made_from.read_text() == wanted:
-        return False
+def venv_is_stale() -> bool:
+    """True unless .venv was made, to the end, from requirements*.txt as they are now."""
+    return not MADE_FROM.exists() or MADE_FROM.read_text() != _requirements()
+
+
+def make_venv() -> None:
+    """Make .venv as requirements*.txt say. Raises LabError."""
+    MADE_FROM.unlink(missing_ok=True)
     run("python3", "-m", "venv", str(VENV))
-    pip = [f"{VENV}/bin/pip", "install", "--quiet", "--disable-pip-version-check"]
-    run(*pip, "-r", REQUIREMENTS[-1])
-    made_from.write_text(wanted)
-    return True
+    run(f"{VENV}/bin/pip", "install", "--quiet", "--disable-pip-version-check", "-r", REQUIREMENTS[-1])
+    MADE_FROM.write_text(_requirements())
+
+
+def _requirements() -> str:
+    return "".join((ROOT / name).read_text() for name in REQUIREMENTS)
 
 
 def engine_answers() -> bool:
     return succeeds("docker", "version", "--format", "{{.Server.Version}}")
 
 
-def start_engine() -> bool:
-    """Have a Docker engine that answers; returns False if one did already. Raises LabError."""
-    if engine_answers():
-        return False
+def start_engine() -> None:
+    """Start the Docker engine and wait until it answers. Raises LabError."""
+    _refuse_without_rights()
     if shutil.which("systemctl") and Path("/run/systemd/system").exists():
         run(*SUDO, "systemctl", "start", "docker")
     elif not shutil.which("dockerd", path=PATH):
@@ -78,7 +82,6 @@ def start_engine() -> bool:
         if time.monotonic() > deadline:
             raise LabError(f"dockerd does not answer after {ENGINE_DEADLINE_S} s: see {ENGINE_LOG}")
         time.sleep(0.5)
-    return True
 
 
 def _start_detached() -> None:
@@ -98,12 +101,10 @@ def _start_detached() -> None:
     )
 
 
-def stop_own_engine() -> bool:
-    """Stop the engine that start_engine started, unless containers run in it; False if it stays."""
-    if not _running(ENGINE_PID, "dockerd") or output("docker", "ps", "--quiet").strip():
-        return False
-    run(*SUDO, "kill", ENGINE_PID.read_text().strip())
-    return True
+def stop_own_engine() -> None:
+    """Stop the engine that start_engine started, unless containers run in it."""
+    if _running(ENGINE_PID, "dockerd") and not output("docker", "ps", "--quiet").strip():
+        run(*SUDO, "kill", ENGINE_PID.read_text().strip())
 
 
 def _running(pid_file: Path, process: str) -> bool:

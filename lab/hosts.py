@@ -34,10 +34,10 @@ class Container:
     running: bool
 
 
-def make_image() -> None:
+def make_image(arch: str) -> None:
     """Have the host image: Debian pulled, or made from this machine's apt sources; then lab/host-image."""
     if not succeeds("docker", "image", "inspect", BASE_IMAGE):
-        _make_base()
+        _make_base(arch)
     # Docker's cache makes this quick when nothing changed.
     run(
         *("docker", "build", "--quiet", f"--build-arg=BASE={BASE_IMAGE}", f"--tag={HOST_IMAGE}"),
@@ -45,9 +45,9 @@ def make_image() -> None:
     )
 
 
-def _make_base() -> None:
+def _make_base(arch: str) -> None:
     present = succeeds("docker", "image", "inspect", PUBLIC_IMAGE)
-    if present or pull(PUBLIC_IMAGE, arch()):
+    if present or pull(PUBLIC_IMAGE, arch):
         run("docker", "tag", PUBLIC_IMAGE, BASE_IMAGE)
         if not present:
             run("docker", "rmi", "--no-prune", PUBLIC_IMAGE)  # only our own name stays, for make clean
@@ -127,7 +127,9 @@ def missing(provider: str) -> dict[str, str]:
     if provider == "docker":
         known &= {container.id for container in containers()}
     made = {
-        file.parts[-3] for file in VAGRANT.glob(f"machines/*/{provider}/id") if file.read_text().strip() in known
+        file.parts[-3]
+        for file in VAGRANT.glob(f"machines/*/{provider}/id")
+        if file.read_text().strip() in known
     }
     return {name: address for name, address in addresses().items() if name not in made}
 

@@ -70,9 +70,7 @@ def _refuse_to_change(known: Settings, new: Settings) -> None:
     for name in ("provider", "http_port"):
         have, want = getattr(known, name), getattr(new, name)
         if want != have:
-            raise LabError(
-                f"{name.upper()}={want}: the hosts were made with {have}; `make down` first"
-            )
+            raise LabError(f"{name.upper()}={want}: the hosts were made with {have}; `make down` first")
     have, want = known.data.get("scheduler"), new.data.get("scheduler")
     if have and want != have:
         raise LabError(f"SCHEDULER={want}: the hosts run {have}; `make down` first")

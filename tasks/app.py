@@ -1,13 +1,16 @@
-"""What may be released: asked in prepare, refused in one line before anything changes."""
+"""A version of the app: may it be released, and its roll-out by the scheduler that runs the app."""
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
 
 from pyinfra import host, logger
-from pyinfra.api import DeployError
+from pyinfra.api import DeployError, FunctionCommand, operation
+from pyinfra.api.host import Host
+from pyinfra.api.state import State
 
-from tasks import cluster, distribute, image, rolling, serving
+from tasks import cluster, containers, distribute, image, nomad_job, rolling, serving
 from tasks import version as versions
 
 
@@ -21,10 +24,7 @@ def wanted_version() -> str:
 
 
 def check(version: str) -> None:
-    """Registries answer and agree, and the version is either new or that of its image.
-
-    Reads only. Call it on one worker.
-    """
+    """Refuse in one line, in prepare, what cannot end well. Reads only; call it on one worker."""
     for member in rolling.members("workers"):
         try:
             distribute.digest(member, version)
@@ -41,6 +41,8 @@ def check(version: str) -> None:
         _check_builder(version)
     else:
         _check_source(version, distribute.source(origin, version))
+    if host.data.scheduler == "nomad":
+        nomad_job.check(version)
 
 
 def _check_builder(version: str) -> None:
@@ -64,3 +66,61 @@ def _check_source(version: str, built_from: str) -> None:
             " choose a new version"
         )
     logger.warning(f"{version}: released before from other source; its existing image is used")
+
+
+@operation()
+def roll(version: str) -> Generator[FunctionCommand]:
+    """Replace what runs by `version`, health-gated; what served before serves on if that fails.
+
+    Called on each worker and done by the first one left, so the loss of one does not end it.
+    """
+    if host.name != rolling.members("workers")[0].name:
+        host.noop("another worker leads")
+    elif _settled(version):
+        logger.info(f"{host.print_prefix}{version} runs as it should: nothing to do")
+        host.noop(f"{version} runs")
+    else:
+        yield FunctionCommand(_roll, (version,), {})
+
+
+def _settled(version: str) -> bool:
+    if host.data.scheduler == "nomad":
+        return nomad_job.settled(version)
+    wanted = distribute.digest(host, version)
+    release = containers.Release(version, wanted or "")
+    return bool(wanted) and not containers.outdated(rolling.members("workers"), release)
+
+
+def _roll(state: State, host: Host, version: str) -> bool:
+    def say(line: str) -> None:
+        logger.info(f"{host.print_prefix}{version}: {line}")
+
+    try:
+        if host.data.scheduler == "nomad":
+            fault = nomad_job.release(version, say)
+        else:
+            release = containers.Release(version, distribute.digest(host, version) or "")
+            workers = containers.outdated(rolling.members("workers"), release)
+            fault = containers.roll(workers, release).fault
+    except (containers.Failed, containers.Lost, *cluster.Unavailable) as error:
+        fault = f"{nomad_job.said(error)}; run the same again to go on"
+    if fault:
+        logger.error(f"{host.print_prefix}{version}: {fault}")
+    return not fault
+
+
+@operation()
+def see_it_answers(version: str) -> Generator[FunctionCommand]:
+    """The last step: a worker that was lost on the way makes the run's exit code 1."""
+    if distribute.run(host, "true") is None:
+        host.noop("it answers")
+        return
+    yield FunctionCommand(_lost, (version,), {})
+
+
+def _lost(state: State, host: Host, version: str) -> bool:
+    logger.error(
+        f"{host.print_prefix}lost on the way; {version} serves from the others."
+        " Repair it and release again"
+    )
+    return False

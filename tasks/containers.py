@@ -552,10 +552,10 @@ def registry_service(data: HostData) -> dict[str, Any]:
 class ContainerConfig(FactBase[str]):
     """The label hashistack.config of a running container; "" if it does not run."""
 
-    def command(self, name: str) -> str:
+    def command(self, container: str) -> str:
         return (
             "! command -v docker >/dev/null || docker ps"
-            f" --filter name=^{name}$ --format '{{{{.Label \"hashistack.config\"}}}}' || true"
+            f" --filter name=^{container}$ --format '{{{{.Label \"hashistack.config\"}}}}' || true"
         )
 
     def process(self, output: Iterable[str]) -> str:
@@ -567,7 +567,7 @@ def run_registry_container() -> Generator[str]:
     """Run it anew where it does not run with these arguments (docker.container would not see them)."""
     wanted = registry_arguments(host.data)
     config = _hash(wanted)
-    if host.get_fact(ContainerConfig, name="registry") == config:
+    if host.get_fact(ContainerConfig, container="registry") == config:
         host.noop("the registry runs as it should")
         return
     yield "! docker inspect registry >/dev/null 2>&1 || docker rm --force registry"

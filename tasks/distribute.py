@@ -10,10 +10,9 @@ import shlex
 from collections.abc import Generator
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import requests
-from pyinfra import host, logger
+from pyinfra import host, logger, state
 from pyinfra.api import FunctionCommand, operation
 from pyinfra.api.host import Host
 from pyinfra.api.state import State
@@ -23,9 +22,7 @@ from pyinfra.facts.server import Arch
 from tasks import cluster, image, rolling
 from tasks.registry import DEBIAN_ARCH
 
-_MANIFEST = (
-    "application/vnd.docker.distribution.manifest.v2+json, application/vnd.oci.image.manifest.v1+json"
-)
+_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json, application/vnd.oci.image.manifest.v1+json"
 
 
 def _get(member: Host, path: str) -> requests.Response | None:
@@ -100,7 +97,9 @@ def _build(state: State, host: Host, version: str) -> bool:
         context = image.build_context(folder, DEBIAN_ARCH[host.get_fact(Arch)])
         logger.info(f"{host.print_prefix}building {tag}")
         host.put_file(BytesIO(context), tar, _sudo=True)
-        command = build_command(host.data, tag, version, image.source_hash(folder), tar)
+        command = build_command(
+            host.data.app_base_image, tag, version, image.source_hash(folder), tar
+        )
         fault = run(host, command) or run(host, f"docker push -q {tag}")
     except (image.ImageError, *cluster.Unavailable) as error:
         fault = str(error)
@@ -109,9 +108,9 @@ def _build(state: State, host: Host, version: str) -> bool:
     return not fault
 
 
-def build_command(data: Any, tag: str, version: str, source: str, tar: str) -> str:
+def build_command(base: str, tag: str, version: str, source: str, tar: str) -> str:
     """`docker build` from a tar on the host, which is gone afterwards."""
-    arguments = {"APP_VERSION": version, "BASE_IMAGE": data.app_base_image}
+    arguments = {"APP_VERSION": version, "BASE_IMAGE": base}
     labels = {"hashistack.source": source, "hashistack.version": version}
     words = [f"--build-arg {shlex.quote(f'{key}={value}')}" for key, value in arguments.items()]
     words += [f"--label {shlex.quote(f'{key}={value}')}" for key, value in labels.items()]
@@ -130,6 +129,14 @@ def run(member: Host, command: str) -> str | None:
 
 
 @operation()
+def go_on_without_the_lost() -> Generator[str]:
+    """A worker that fails from here on leaves the run and the others go on; the exit code is still 1."""
+    state.config.FAIL_PERCENT = None
+    host.noop("the others go on")
+    yield from ()
+
+
+@operation()
 def copy(version: str) -> Generator[FunctionCommand]:
     """Bring the image from a registry that holds it to this worker's own; the digest stays the same."""
     if digest(host, version):
@@ -144,9 +151,16 @@ def _copy(state: State, host: Host, version: str) -> bool:
         fault = run(member, copy_command(host, version)) if member else "no registry holds it"
     except cluster.Unavailable as error:
         fault = str(error)
-    if fault:
-        logger.error(f"{host.print_prefix}{version} is not in its registry: {fault}")
-    return not fault
+    return not fault or _left_behind(state, host, f"{version} is not in its registry: {fault}")
+
+
+def _left_behind(state: State, host: Host, fault: str) -> bool:
+    """A worker that is lost leaves the run alone; one that answers but fails ends it for all."""
+    lost = run(host, "true") is not None
+    if not lost:
+        state.config.FAIL_PERCENT = 0
+    logger.error(f"{host.print_prefix}{fault}; {'it is lost' if lost else 'nothing was released'}")
+    return False
 
 
 def copy_command(member: Host, version: str) -> str:
@@ -174,6 +188,4 @@ def _pull(state: State, host: Host, version: str) -> bool:
         fault = run(host, f"docker pull -q {reference(host, version)}")
     except cluster.Unavailable as error:
         fault = str(error)
-    if fault:
-        logger.error(f"{host.print_prefix}{version} cannot be pulled: {fault}")
-    return not fault
+    return not fault or _left_behind(state, host, f"{version} cannot be pulled: {fault}")

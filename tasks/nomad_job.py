@@ -1,29 +1,29 @@
 """The app as a Nomad job: plan a version, register it, follow its deployment to the end.
 
-The functions that get `api` (a python-nomad client) are the logic and know nothing of pyinfra; the
-operation at the end finds an agent to talk to, and another one when that host is lost on the way.
+The functions that get `api` (a python-nomad client) are the logic and know nothing of pyinfra. Those
+after them find an agent to talk to, and another one when that host is lost on the way.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from nomad import Nomad
 from nomad.api.exceptions import BaseNomadException
-from pyinfra import host, logger
-from pyinfra.api import DeployError, FunctionCommand, operation
+from pyinfra import host
+from pyinfra.api import DeployError
 from pyinfra.api.host import Host
-from pyinfra.api.state import State
 
 from tasks import distribute, rolling
 from tasks.cluster import Unavailable, nomad_api, wait_until
 
 # Stands for the image in a plan that is made before the image exists: placing does not look at it.
 NO_DIGEST = "sha256:" + 64 * "0"
+_REPLACED = "another release took its place"
 # A lost server makes the others elect a leader; longer silence is an outage.
 _SILENCE_S = 60
 # Nomad counts a silent client as ready for 10-20 s.
@@ -37,8 +37,8 @@ _templates = Environment(
 )
 
 
-def render(data: Any, version: str, digest: str) -> str:
-    """The job's HCL. `data` has the app's knobs (group_data) as attributes or keys."""
+def render(data: object, version: str, digest: str) -> str:
+    """The job's HCL. `data` has the knobs of group_data as attributes."""
     return _templates.get_template("app/app.nomad.hcl.j2").render(
         data=data, version=version, digest=digest
     )
@@ -61,7 +61,9 @@ def unplaceable(failed: dict[str, Any] | None) -> str | None:
         nodes = metrics["NodesEvaluated"]
         lacks = {
             **(metrics["ConstraintFiltered"] or {}),
-            **{f"too little {what}": n for what, n in (metrics["DimensionExhausted"] or {}).items()},
+            **{
+                f"too little {what}": n for what, n in (metrics["DimensionExhausted"] or {}).items()
+            },
         }
         reasons += [f"{reason} (on {count} of {nodes} nodes)" for reason, count in lacks.items()]
         if not lacks:
@@ -74,7 +76,7 @@ def register(api: Nomad, job: dict[str, Any], planned: dict[str, Any]) -> int:
     api.jobs.register_job(
         {"Job": job, "EnforceIndex": True, "JobModifyIndex": planned["JobModifyIndex"]}
     )
-    return int(api.job.get_job(job["ID"])["Version"])
+    return _number(api, job["ID"])
 
 
 def deployment_of(api: Nomad, job_id: str, number: int) -> dict[str, Any] | None:
@@ -129,7 +131,7 @@ def _evaluated(api: Nomad, job_id: str) -> bool:
 def _ended(api: Nomad, deployment: dict[str, Any]) -> str | None:
     """Why the deployment has failed or must: Nomad's word, or an unhealthy instance."""
     if deployment["Status"] == "cancelled":
-        return f"another release replaced this one ({deployment['StatusDescription']})"
+        return f"{_REPLACED} ({deployment['StatusDescription']})"
     fault = unhealthy(api, api.deployment.get_deployment_allocations(deployment["ID"]))
     if deployment["Status"] == "failed":
         return fault or _not_placed(api, deployment) or str(deployment["StatusDescription"])
@@ -162,9 +164,10 @@ def unhealthy(api: Nomad, allocations: list[dict[str, Any]]) -> str | None:
     One on a node that no longer answers does not count: Nomad replaces it elsewhere.
     """
     for allocation in allocations:
-        if (allocation["DeploymentStatus"] or {}).get("Healthy") is False:
-            if _answers(api, allocation["NodeID"]):
-                return f"unhealthy on {allocation['NodeName']}: {_events(allocation)}{_log(api, allocation)}"
+        sick = (allocation["DeploymentStatus"] or {}).get("Healthy") is False
+        if sick and _answers(api, allocation["NodeID"]):
+            where = f"unhealthy on {allocation['NodeName']}"
+            return f"{where}: {_events(allocation)}{_log(api, allocation)}"
     return None
 
 
@@ -226,7 +229,9 @@ def restore(api: Nomad, job_id: str, number: int, say: Callable[[str], Any]) -> 
         return "it was the first version, so its job is removed"
     say(f"going back to {job['Meta']['version']}")
     fault = follow(api, job_id, job["Version"], say)
-    return f"going back failed too: {fault}" if fault else f"{job['Meta']['version']} serves as before"
+    return (
+        f"going back failed too: {fault}" if fault else f"{job['Meta']['version']} serves as before"
+    )
 
 
 def said(error: Exception) -> str:
@@ -236,7 +241,7 @@ def said(error: Exception) -> str:
     return " ".join(text.split())
 
 
-# ---- pyinfra's side
+# pyinfra's side
 
 
 def check(version: str) -> None:
@@ -294,48 +299,21 @@ def _persist(step: Callable[[Nomad], str | None]) -> str | None:
             time.sleep(1)
 
 
-@operation()
-def roll(version: str) -> Generator[FunctionCommand]:
-    """Run `version` everywhere: plan, register, follow; back to the old one if it fails.
-
-    Called on each worker and done by the first one left, so that the loss of one does not end it.
-    """
-    if host.name != rolling.members("workers")[0].name:
-        host.noop("another worker leads")
-    elif _settled(version):
-        logger.info(f"{host.print_prefix}{version} runs as it should: nothing to do")
-        host.noop(f"{version} runs")
-    else:
-        yield FunctionCommand(_roll, (version,), {})
-
-
-def _settled(version: str) -> bool:
-    """Nomad sees no difference, and no deployment of this version is under way."""
+def settled(version: str) -> bool:
+    """Nomad sees no difference, and no deployment of this version is under way or has failed."""
     try:
         with nomad_api(_agent()) as api:
             job, planned = plan(api, _hcl(version))
             if changes(planned):
                 return False
-            deployment = deployment_of(api, job["ID"], api.job.get_job(job["ID"])["Version"])
+            deployment = deployment_of(api, job["ID"], _number(api, job["ID"]))
             return not deployment or deployment["Status"] == "successful"
     except Unavailable:
         return False  # what is wrong is said when the release itself meets it
 
 
-def _roll(state: State, host: Host, version: str) -> bool:
-    def say(line: str) -> None:
-        logger.info(f"{host.print_prefix}{version}: {line}")
-
-    try:
-        fault = _release(version, say)
-    except Unavailable as error:
-        fault = f"Nomad does not answer ({said(error)}); run the same again to go on"
-    if fault:
-        logger.error(f"{host.print_prefix}{version}: {fault}")
-    return not fault
-
-
-def _release(version: str, say: Callable[[str], Any]) -> str | None:
+def release(version: str, say: Callable[[str], Any]) -> str | None:
+    """Plan, register, follow; what went wrong, and what serves now, or None."""
     fault = distribute.disagreement(version) or wait_until("Nomad", _strangers, _LOST_S, say)
     if fault:
         return fault
@@ -344,15 +322,19 @@ def _release(version: str, say: Callable[[str], Any]) -> str | None:
         fault = unplaceable(planned["FailedTGAllocs"])
         if fault:
             return f"{fault}; nothing was changed"
-        if changes(planned):
-            number = register(api, job, planned)
-        else:
-            number = api.job.get_job(job["ID"])["Version"]  # an interrupted release is followed
+        # Without a difference an interrupted release is under way: it is followed.
+        number = register(api, job, planned) if changes(planned) else _number(api, job["ID"])
     fault = _persist(lambda api: follow(api, job["ID"], number, say))
-    if fault is None or "another release" in fault:
+    if fault is None or fault.startswith(_REPLACED):
         return fault
     say(fault)
-    return f"not released: {fault}; " + str(_persist(lambda api: restore(api, job["ID"], number, say)))
+    return f"not released: {fault}; " + str(
+        _persist(lambda api: restore(api, job["ID"], number, say))
+    )
+
+
+def _number(api: Nomad, job_id: str) -> int:
+    return int(api.job.get_job(job_id)["Version"])
 
 
 def _strangers() -> str | None:

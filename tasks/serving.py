@@ -10,7 +10,7 @@ from typing import Any
 import requests
 from pyinfra import host
 
-from tasks import cluster, rolling
+from tasks import cluster
 
 # One instance: (version, address, port). Version "unknown" is one without a version- tag.
 Instance = tuple[str, str, int]
@@ -28,13 +28,13 @@ def instances(entries: list[dict[str, Any]]) -> set[Instance]:
     }
 
 
-def consul_fault(found: set[Instance], version: str, count: int) -> str | None:
-    """Exactly `count` passing instances, all of `version`; otherwise what is there instead."""
+def consul_fault(found: set[Instance], version: str, count: int | None) -> str | None:
+    """Exactly `count` passing instances (None: at least one), all of `version`; else what is there."""
     others = sorted({v for v, _, _ in found if v != version})
     if others:
         return f"{', '.join(others)} is still in Consul"
-    if len(found) != count:
-        return f"{len(found)} of {count} instances of {version} pass in Consul"
+    if not found or (count is not None and len(found) != count):
+        return f"{len(found)} of {count or 'its'} instances of {version} pass in Consul"
     return None
 
 
@@ -49,7 +49,9 @@ def haproxy_fault(stats: str, app: str, found: set[Instance]) -> str | None:
     expected = {f"{app}-{version}-{address}-{port}" for version, address, port in found}
     wrong = [f"{name} is not in HAProxy" for name in sorted(expected - servers.keys())]
     wrong += [f"{name} is still in HAProxy" for name in sorted(servers.keys() - expected)]
-    wrong += [f"{name} is {is_}" for name, is_ in sorted(servers.items()) if not is_.startswith("UP")]
+    wrong += [
+        f"{name} is {is_}" for name, is_ in sorted(servers.items()) if not is_.startswith("UP")
+    ]
     return "; ".join(wrong) or None
 
 
@@ -65,8 +67,12 @@ def running_versions() -> set[str]:
         return {v for v, _, _ in instances(api.health.service(host.data.app_name)[1])}
 
 
-def exactly(version: str, count: int) -> Callable[[], str | None]:
-    """A question for a proxy: does exactly `version` serve, in Consul and through its HAProxy?"""
+def exactly(version: str) -> Callable[[], str | None]:
+    """A question for a proxy: does exactly `version` serve, in Consul and through its HAProxy?
+
+    Nomad runs app_count instances; the docker scheduler one on each worker that it could reach.
+    """
+    count = host.data.app_count if host.data.scheduler == "nomad" else None
 
     def fault() -> str | None:
         found = passing()

@@ -13,9 +13,7 @@ TEMPLATES = Path(__file__).parents[2] / "templates" / "dns"
 
 
 def render(name: str, **values: object) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, autoescape=False
-    )
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, autoescape=False)
     return environment.get_template(name).render(**values)
 
 
@@ -39,9 +37,7 @@ def put_first(resolv_conf: Path) -> None:
         ("", "nameserver 127.0.0.1\n"),
     ],
 )
-def test_the_resolver_comes_first_and_the_others_stay(
-    tmp_path: Path, before: str, after: str
-) -> None:
+def test_the_resolver_comes_first_and_the_others_stay(tmp_path: Path, before: str, after: str) -> None:
     resolv_conf = tmp_path / "resolv.conf"
     resolv_conf.write_text(before)
     put_first(resolv_conf)
@@ -69,9 +65,7 @@ def test_dnsmasq_accepts_its_configuration(tmp_path: Path) -> None:
     if not shutil.which("dnsmasq"):
         pytest.skip("dnsmasq is not installed here")
     config = tmp_path / "dnsmasq.conf"
-    config.write_text(
-        render("dnsmasq.conf.j2", consul_port=8600, addresses=["127.0.0.1", "172.17.0.1"])
-    )
+    config.write_text(render("dnsmasq.conf.j2", consul_port=8600, addresses=["127.0.0.1", "172.17.0.1"]))
     subprocess.run(["dnsmasq", "--test", f"--conf-file={config}"], check=True)
 
 

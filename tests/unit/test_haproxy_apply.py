@@ -70,6 +70,7 @@ class Proxy:
                 "    timeout connect 1s",
                 "    timeout client 1s",
                 "    timeout server 1s",
+                "    retries 0",
                 "frontend http",
                 f"    bind 127.0.0.1:{self.port}",
                 "    default_backend app",

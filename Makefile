@@ -1,0 +1,31 @@
+# A thin front: each target is a line or two that you could type.
+export PYINFRA_YES = 1
+VENV = .venv/bin
+
+.PHONY: help up down clean lint unit test
+
+help: ## Show this
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
+
+up: ## Bare machine -> hosts, stack, app [WORKERS=3 PROXIES=1 PROVIDER=docker HTTP_PORT=8080 SCHEDULER=nomad]
+	python3 -m lab.up
+
+down: ## Remove the hosts, their networks and volumes
+	python3 -m lab.down
+
+clean: ## And the images, and what was downloaded or built
+	python3 -m lab.down --clean
+
+.venv/made-from: requirements.txt requirements-dev.txt
+	python3 -c 'from lab import controller; controller.make_venv()'
+
+lint: .venv/made-from ## ruff, mypy, shellcheck
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+	$(VENV)/mypy .
+	git ls-files -co --exclude-standard | xargs grep -lE '^#!/bin/(ba)?sh' | xargs -r $(VENV)/shellcheck
+
+unit: .venv/made-from ## Tests that need no hosts
+	$(VENV)/pytest
+
+test: lint unit ## All that can be checked

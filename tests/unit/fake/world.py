@@ -1,0 +1,71 @@
+"""Hosts that exist only in a folder: world.json says how each answers, journal what was done to them.
+
+pyinfra runs for real against its own @fake connector. What a host answers depends on world.json, and a
+restart changes it there, so that a second run finds what the first has left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pyinfra.api.host import Host
+from pyinfra.connectors.fake import FakeConnector
+from pyinfra.connectors.util import CommandOutput, OutputLine
+
+FOLDER = Path(os.environ.get("FAKE_WORLD", "."))
+
+
+def load() -> dict[str, Any]:
+    world: dict[str, Any] = json.loads((FOLDER / "world.json").read_text())
+    return world
+
+
+def save(world: dict[str, Any]) -> None:
+    (FOLDER / "world.json").write_text(json.dumps(world))
+
+
+def note(what: str, host: Host, detail: str = "") -> None:
+    with (FOLDER / "journal").open("a") as journal:
+        print(what, short(host), detail, file=journal)
+
+
+def short(host: Host) -> str:
+    return host.name.removeprefix("@fake/")
+
+
+def run_shell_command(connector: FakeConnector, command: object, **arguments: Any) -> tuple[bool, CommandOutput]:
+    """In place of the connector's own, whose answers cannot depend on what happened before."""
+    name, line, world = short(connector.host), str(command), load()
+    sudo = "sudo" if arguments.get("_sudo") else "user"
+    if "is-active" in line:
+        note("asked", connector.host, sudo)
+        return _answer(world["state"].get(name, "fresh"))
+    if "systemctl restart" in line:
+        note("restart", connector.host, sudo)
+        return _restart(world, name)
+    if "os-release" in line:
+        return _answer(*world.get("os-release", OS_RELEASE))
+    note("shell", connector.host, line)
+    return _answer(success=name not in world.get(f"fails: {line}", []))
+
+
+OS_RELEASE = ["---/etc/os-release---", "ID=debian", 'VERSION_ID="12"', 'PRETTY_NAME="Debian GNU/Linux 12"']
+
+
+def _restart(world: dict[str, Any], name: str) -> tuple[bool, CommandOutput]:
+    if name in world.get("restart fails", []):
+        return False, CommandOutput([OutputLine("stderr", "Job for consul.service failed.")])
+    world["state"][name] = "fresh"
+    world["leader"] = world.get("leader after", {}).get(name, world.get("leader"))
+    save(world)
+    return _answer()
+
+
+def _answer(*lines: str, success: bool = True) -> tuple[bool, CommandOutput]:
+    return success, CommandOutput([OutputLine("stdout", line) for line in lines])
+
+
+FakeConnector.run_shell_command = run_shell_command  # type: ignore[method-assign,assignment]
