@@ -12,7 +12,8 @@ accept_outage = False
 
 # Versions, and where their zips come from (tasks/mirror.py). "" = the publisher's site.
 artifact_mirror = ""
-consul_version = "1.22.3"
+# Consul: 1.22 is out of support, and 2.0.4 drops idle RPC streams (hashicorp/consul#23923).
+consul_version = "2.0.3"
 consul_template_version = "0.43.0"
 nomad_version = "2.0.5"
 

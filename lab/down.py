@@ -19,13 +19,17 @@ TRACES = (".venv", ".vagrant", ".mypy_cache", ".ruff_cache", ".pytest_cache")
 
 def down() -> None:
     """Remove hosts, their volumes and networks, and the lab's settings."""
+    made = hosts.known_ids()
+    if made and not controller.engine_answers():
+        with stage("Start Docker"):
+            controller.start_engine()
     with stage("Remove the hosts"):
-        if hosts.known_ids():
-            run("vagrant", "destroy", "--force")
         if controller.engine_answers():
-            ours = [c for c in hosts.containers() if c.folder == str(ROOT)]
-            hosts.remove(ours)
+            # Without this, Vagrant would wait for each system to shut down in order.
+            hosts.remove([c for c in hosts.containers() if c.folder == str(ROOT)])
             hosts.remove_network()
+        if made:
+            run("vagrant", "destroy", "--force")
     shutil.rmtree(hosts.VAGRANT / "machines", ignore_errors=True)
     for file in (hosts.KNOWN_HOSTS, hosts.SSH_CONFIG, settings.FILE):
         file.unlink(missing_ok=True)

@@ -102,9 +102,17 @@ def remove(found: list[Container]) -> None:
 
 
 def remove_network() -> None:
-    """Remove the private network unless somebody's containers are on it."""
-    if succeeds("docker", "network", "inspect", NETWORK):
-        succeeds("docker", "network", "rm", NETWORK)
+    """Remove the private network, unless another checkout's hosts belong to it, even stopped ones."""
+    if not containers() and succeeds("docker", "network", "inspect", NETWORK):
+        run("docker", "network", "rm", NETWORK)
+
+
+def proxy_runs(provider: str) -> bool:
+    """Our first proxy holds the controller's port. Docker is asked; other providers are believed."""
+    if provider != "docker":
+        return True
+    ids = {file.read_text().strip() for file in VAGRANT.glob("machines/proxy-01/docker/id")}
+    return any(c.running and c.id in ids for c in containers())
 
 
 def addresses() -> dict[str, str]:
@@ -126,11 +134,8 @@ def missing(provider: str) -> dict[str, str]:
     known = known_ids()
     if provider == "docker":
         known &= {container.id for container in containers()}
-    made = {
-        file.parts[-3]
-        for file in VAGRANT.glob(f"machines/*/{provider}/id")
-        if file.read_text().strip() in known
-    }
+    ids = VAGRANT.glob(f"machines/*/{provider}/id")
+    made = {file.parts[-3] for file in ids if file.read_text().strip() in known}
     return {name: address for name, address in addresses().items() if name not in made}
 
 

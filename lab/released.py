@@ -14,7 +14,7 @@ from tasks import cluster, containers, rolling
 def _in_nomad() -> bool:
     with cluster.nomad_api(host) as api:
         try:
-            return api.job.get_job(host.data.app_name)["Status"] != "dead"
+            return bool(api.job.get_job(host.data.app_name)["Status"] != "dead")
         except URLNotFoundNomadException:
             return False
 

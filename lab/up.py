@@ -7,6 +7,7 @@ The choices are remembered in .lab.json. Uses Python's standard library alone: i
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import runpy
@@ -49,12 +50,13 @@ def main() -> None:
 
 def check(lab: Settings, hosts_exist: bool) -> None:
     """Refuse in one line, before anything starts, what cannot end well. Raises LabError."""
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - the system's python3 runs this
         raise LabError(f"Python {platform.python_version()}: use 3.11 or newer")
     arch()
-    if not hosts_exist and not port_is_free(lab.http_port):
+    if not port_is_free(lab.http_port) and not (hosts_exist and hosts.proxy_runs(lab.provider)):
         raise LabError(
-            f"port {lab.http_port} on localhost is in use: stop what listens there, or `make up HTTP_PORT=8081`"
+            f"port {lab.http_port} on localhost is in use: stop what listens there, or "
+            f"`make up HTTP_PORT={lab.http_port + 1}`"
         )
     needed = controller.missing_packages()
     if needed and not controller.can_install():
@@ -74,8 +76,8 @@ def port_is_free(port: int) -> bool:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
+        except OSError as error:
+            return error.errno != errno.EADDRINUSE
     return True
 
 

@@ -1,7 +1,7 @@
 """Install a tool from the artifact mirror: verified on the host, then swapped in by one rename.
 
-    /usr/local/lib/<tool>/<version>/<tool>   the binary; `unsigned` beside it if that is what it is
-    /usr/local/bin/<tool>                    a link to the version in use
+The binary is /usr/local/lib/<tool>/<version>/<tool>, with a file `unsigned` beside it where it came
+without the publisher's signature; /usr/local/bin/<tool> is a link to the version in use.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Tools(FactBase[dict[str, ToolState]]):
     """Tool -> ToolState, from links and paths: a binary is asked only if it was installed elsewhere."""
 
     def command(self) -> str:
-        return f"for tool in {' '.join(TOOLS)}; do {_LOOK}; done"
+        return f"for tool in {' '.join(TOOLS)}; do {_look()}; done"
 
     def process(self, output: Iterable[str]) -> dict[str, ToolState]:
         states = {tool: ToolState() for tool in TOOLS}
@@ -59,26 +59,27 @@ class Tools(FactBase[dict[str, ToolState]]):
         return states
 
 
-_LOOK = f"""
-    lib={LIB}/$tool
-    echo $tool link $(readlink {BIN}/$tool)
-    for have in $lib/*/$tool; do
-        test -x $have || continue
-        version=$(basename $(dirname $have))
-        echo $tool present $version
-        test ! -e $lib/$version/unsigned || echo $tool unsigned $version
-    done
-    installed=$(readlink -f "$(command -v $tool || echo /)")
-    running=$(readlink /proc/$(systemctl show -P MainPID $tool)/exe)
-    for what in "installed $installed" "running $running"; do
-        path=${{what#* }}
-        case $path in
-            $lib/*) echo $tool $what ;;
-            *) test ! -f "$path" || echo $tool ${{what%% *}} $("$path" -version | head -n 1) ;;
-        esac
-    done
-    test -d $lib || lib={LIB}
-    echo $tool free $(df -B1 --output=avail $lib | tail -n 1)"""
+def _look() -> str:
+    return f"""
+        lib={LIB}/$tool
+        echo $tool link $(readlink {BIN}/$tool)
+        for have in $lib/*/$tool; do
+            test -x $have || continue
+            version=$(basename $(dirname $have))
+            echo $tool present $version
+            test ! -e $lib/$version/unsigned || echo $tool unsigned $version
+        done
+        installed=$(readlink -f "$(command -v {BIN}/$tool || command -v $tool || echo /)")
+        running=$(readlink /proc/$(systemctl show -P MainPID $tool)/exe)
+        for what in "installed $installed" "running $running"; do
+            path=${{what#* }}
+            case $path in
+                $lib/*) echo $tool $what ;;
+                *) test ! -f "$path" || echo $tool ${{what%% *}} $("$path" -version | head -n 1) ;;
+            esac
+        done
+        test -d $lib || lib={LIB}
+        echo $tool free $(df -B1 --output=avail $lib | tail -n 1)"""
 
 
 def _version_in(text: str) -> str:
@@ -139,8 +140,8 @@ def _fault(member: Host, tool: str, state: ToolState) -> str | None:
     if needed < state.free:
         return None
     return (
-        f"{member.name}: {tool} {version} needs {needed / 1e6:.0f} MB in {LIB},"
-        f" {state.free / 1e6:.0f} MB are free; free some space"
+        f"{member.name}: {tool} {version} needs {needed / 1e9:.2f} GB in {LIB},"
+        f" {state.free / 1e9:.2f} GB are free; free some space"
     )
 
 

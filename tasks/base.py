@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from io import StringIO
 
 from pyinfra import host
 from pyinfra.api import deploy, operation
 from pyinfra.facts.deb import DebPackages
-from pyinfra.operations import apt, files, server
+from pyinfra.operations import apt
 
-from tasks import rolling
+from tasks import config, rolling
 
 SYSCTL = "/etc/sysctl.d/60-hashistack.conf"
 JOURNAL = "/etc/systemd/journald.conf.d/hashistack.conf"
@@ -46,20 +45,18 @@ def install() -> None:
 
 @deploy("Base")
 def configure() -> None:
-    files.template(
-        name="Write the unit that waits for the private address",
-        src="templates/base/private-address.service.j2",
-        dest=ADDRESS_UNIT,
-        mode="644",
+    settings = "".join(f"{key} = {value}\n" for key, value in host.data.base_sysctl.items())
+    config.write(
+        name="Write the base settings",
+        files=[
+            config.File(ADDRESS_UNIT, config.render("base/private-address.service.j2")),
+            config.File(JOURNAL, config.render("base/journald.conf.j2")),
+            config.File(SYSCTL, settings),
+        ],
     )
-    sysctl = files.put(
-        name="Write the kernel settings",
-        src=StringIO("".join(f"{key} = {value}\n" for key, value in host.data.base_sysctl.items())),
-        dest=SYSCTL,
-        mode="644",
+    rolling.restart_if_stale(
+        name="Apply the kernel settings if they are newer", unit="systemd-sysctl", files=[SYSCTL]
     )
-    server.shell(name="Apply the kernel settings", commands=[f"sysctl -q -p {SYSCTL}"], _if=sysctl.did_change)
-    files.template(name="Limit the journal", src="templates/base/journald.conf.j2", dest=JOURNAL, mode="644")
     rolling.restart_if_stale(
         name="Restart the journal if its limit is newer",
         unit="systemd-journald",

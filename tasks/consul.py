@@ -9,9 +9,8 @@ from typing import Any
 from pyinfra import host, inventory
 from pyinfra.api import deploy
 from pyinfra.api.host import Host
-from pyinfra.operations import files, server
 
-from tasks import artifact, rolling
+from tasks import artifact, config, rolling
 from tasks.cluster import Unavailable, autopilot_fault, behind, consul_api, leader_index
 
 CONFIG = "/etc/consul.d/consul.hcl"
@@ -21,27 +20,20 @@ FILES = [CONFIG, UNIT, "/usr/local/bin/consul"]
 
 @deploy("Consul")
 def install() -> None:
-    server.user(
-        name="Create Consul's user",
-        user="consul",
-        system=True,
-        home="/var/lib/consul",
-        shell="/usr/sbin/nologin",
-    )
-    for path in host.loop(["/etc/consul.d", "/var/lib/consul"]):
-        files.directory(name=f"Create {path}", path=path, user="consul", group="consul", mode="750")
+    config.create_user(name="Create Consul's user", user="consul")
     artifact.install(name="Install Consul", tool="consul", version=host.data.consul_version)
-    files.template(
-        name="Configure Consul",
-        src="templates/consul/consul.hcl.j2",
-        dest=CONFIG,
-        user="consul",
-        group="consul",
-        mode="640",
+    text = config.render(
+        "consul/consul.hcl.j2",
         is_server="servers" in host.groups,
         servers=[member.data.address for member in inventory.get_group("servers")],
     )
-    files.put(name="Write Consul's unit", src="templates/consul/consul.service", dest=UNIT, mode="644")
+    config.write(
+        name="Configure Consul",
+        files=[
+            config.File(CONFIG, text, mode="640", owner="consul:consul"),
+            config.File(UNIT, config.render("consul/consul.service")),
+        ],
+    )
 
 
 @deploy("Consul")

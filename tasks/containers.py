@@ -193,15 +193,22 @@ def _is(member: Host, instance: Instance, release: Release) -> bool:
 
 
 def _statuses(member: Host) -> dict[str, str]:
-    """Service ID -> "passing" or what its check says, of this worker's instances in Consul's catalog."""
+    """Service ID -> "passing" or another status, of this worker's instances in Consul's catalog."""
     with consul_api(member) as api:
         entries = api.health.service(member.data.app_name)[1]
     return {e["Service"]["ID"]: _status(e["Checks"]) for e in entries if e["Node"]["Node"] == member.name}
 
 
 def _status(checks: list[dict[str, str]]) -> str:
-    failing = [check for check in checks if check["Status"] != "passing"]
-    return (failing[0]["Output"].strip() or "not checked yet") if failing else "passing"
+    return next((check["Status"] for check in checks if check["Status"] != "passing"), "passing")
+
+
+def _complaint(member: Host, instance: Instance) -> str:
+    """What its check says. The agent knows at once; the catalog learns of new words minutes later."""
+    with consul_api(member) as api:
+        checks = api.agent.checks().values()
+    said = [check["Output"].strip() for check in checks if check["ServiceID"] == instance.name]
+    return "".join(said) or "not checked yet"
 
 
 # The roll
@@ -234,7 +241,7 @@ def roll(workers: list[Host], release: Release) -> Outcome:
             move(worker)
     if outcome.fault:
         outcome.fault += "".join(f"\n{_go_back(*pair)}" for pair in reversed(moved))
-    elif len(outcome.lost) == len(workers):
+    elif outcome.lost and not moved:
         outcome.fault = "every worker was lost"
     return outcome
 
@@ -338,13 +345,13 @@ def _healthy(member: Host, new: Instance, min_healthy_s: float) -> Callable[[], 
     def check() -> str | None:
         nonlocal since
         try:
-            status = _statuses(member).get(new.name, "not in Consul")
+            complaint = None if _statuses(member).get(new.name) == "passing" else _complaint(member, new)
         except Unavailable:
-            status = "Consul does not answer"
-        if status != "passing":
+            complaint = "Consul does not answer"
+        if complaint:
             since = None
             _raise_if_crashing(member, new)
-            return status
+            return complaint
         since = since or time.monotonic()
         return None if time.monotonic() - since >= min_healthy_s else "healthy, and watched"
 
@@ -434,7 +441,7 @@ def _run(member: Host, command: str, stdin: str | None = None, timeout_s: int = 
     except (SSHException, EOFError, OSError) as error:
         raise Lost(f"{member.name}: lost, {error or type(error).__name__}") from None
     if not ok:
-        reason = " ".join(line for line in output.output_lines if line and "--help" not in line)
+        reason = " ".join(line for line in output.stderr_lines if line and "--help" not in line)
         raise Failed(f"{member.name}: {reason or f'no message from {command}'}")
     lines: list[str] = output.stdout_lines
     return lines

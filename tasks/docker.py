@@ -5,14 +5,12 @@ from __future__ import annotations
 import ipaddress
 import json
 from collections.abc import Callable
-from io import StringIO
 
 from pyinfra import host
 from pyinfra.api import deploy
 from pyinfra.api.host import Host
-from pyinfra.operations import files
 
-from tasks import cluster, rolling
+from tasks import cluster, config, rolling
 from tasks.nomad import node
 
 CONFIG = "/etc/docker/daemon.json"
@@ -21,7 +19,7 @@ CONFIG = "/etc/docker/daemon.json"
 @deploy("Docker")
 def configure() -> None:
     """Before the package: the first start of the engine must already be with our settings."""
-    files.put(name="Configure Docker", src=StringIO(daemon_json()), dest=CONFIG, mode="644")
+    config.write(name="Configure Docker", files=[config.File(CONFIG, daemon_json())])
 
 
 def daemon_json() -> str:

@@ -169,9 +169,7 @@ def _verify_sum(zip_: Path, sums: Path) -> str:
     with zip_.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
-        raise MirrorError(
-            f"{zip_}: wrong sum, expected {expected}, found {found}; remove it and run again"
-        )
+        raise MirrorError(f"{zip_}: wrong sum, expected {expected}, found {found}; remove it and run again")
     return found
 
 

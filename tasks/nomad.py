@@ -9,9 +9,8 @@ from nomad.api.exceptions import BaseNomadException
 from pyinfra import host, inventory
 from pyinfra.api import deploy
 from pyinfra.api.host import Host
-from pyinfra.operations import files
 
-from tasks import artifact, rolling
+from tasks import artifact, config, rolling
 from tasks.cluster import Unavailable, autopilot_fault, behind, leader_index, nomad_api
 from tasks.consul import passing_checks
 
@@ -22,18 +21,19 @@ FILES = [CONFIG, UNIT, "/usr/local/bin/nomad"]
 
 @deploy("Nomad")
 def install() -> None:
-    for path in host.loop(["/etc/nomad.d", "/var/lib/nomad", "/var/lib/registry"]):
-        files.directory(name=f"Create {path}", path=path, user="root", group="root", mode="700")
     artifact.install(name="Install Nomad", tool="nomad", version=host.data.nomad_version)
-    files.template(
-        name="Configure Nomad",
-        src="templates/nomad/nomad.hcl.j2",
-        dest=CONFIG,
-        mode="600",
+    text = config.render(
+        "nomad/nomad.hcl.j2",
         is_server="servers" in host.groups,
         servers=[member.data.address for member in inventory.get_group("servers")],
     )
-    files.put(name="Write Nomad's unit", src="templates/nomad/nomad.service", dest=UNIT, mode="644")
+    config.write(
+        name="Configure Nomad",
+        files=[
+            config.File(CONFIG, text, mode="600"),
+            config.File(UNIT, config.render("nomad/nomad.service")),
+        ],
+    )
 
 
 @deploy("Nomad")

@@ -107,9 +107,10 @@ def follow(
     """
     shown, since = "", time.monotonic()
     while True:
+        evaluated = _evaluated(api, job_id)  # asked first: what it would start is there by then
         deployment = deployment_of(api, job_id, number)
         if deployment is None:
-            if _evaluated(api, job_id):
+            if evaluated:
                 return None  # nothing to start: Nomad makes no deployment
         else:
             line = progress(deployment)
@@ -212,7 +213,7 @@ def _log(api: Nomad, allocation: dict[str, Any]) -> str:
             )
         except BaseNomadException:
             continue
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        lines = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
         if lines:
             return f"; its log ends: {' | '.join(lines[-3:])}"
     return ""
@@ -227,7 +228,7 @@ def restore(api: Nomad, job_id: str, number: int, say: Callable[[str], Any]) -> 
     if job["Version"] == number:
         api.job.deregister_job(job_id, purge=True)
         return "it was the first version, so its job is removed"
-    say(f"going back to {job['Meta']['version']}")
+    say(f"failed; going back to {job['Meta']['version']}")
     fault = follow(api, job_id, job["Version"], say)
     return (
         f"going back failed too: {fault}" if fault else f"{job['Meta']['version']} serves as before"

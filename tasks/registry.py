@@ -6,7 +6,6 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from nomad import Nomad
 from pyinfra import host
 from pyinfra.api import FileUploadCommand, FunctionCommand, StringCommand, deploy, operation
@@ -15,19 +14,16 @@ from pyinfra.api.host import Host
 from pyinfra.api.state import State
 from pyinfra.facts.docker import DockerImage
 from pyinfra.facts.server import Arch
-from pyinfra.operations import files
 
-from tasks import rolling
+from tasks import config, rolling
 from tasks.cluster import consul_api, nomad_api
 from tasks.mirror import cache_dir
 
 DEBIAN_ARCH = {"x86_64": "amd64", "aarch64": "arm64"}
-FOLDER = "/var/lib/registry"
 
 
 @deploy("Registry")
 def install() -> None:
-    files.directory(name=f"Create {FOLDER}", path=FOLDER, user="root", group="root", mode="700")
     arch = DEBIAN_ARCH[host.get_fact(Arch)]
     for name, image in host.loop(
         [("registry", host.data.registry_image), ("app-base", host.data.app_base_image)]
@@ -75,9 +71,7 @@ def register_job() -> Generator[FunctionCommand]:
 
 
 def _job(api: Nomad) -> dict[str, Any]:
-    templates = Environment(loader=FileSystemLoader("templates"), undefined=StrictUndefined, autoescape=False)
-    template = templates.get_template("registry/registry.nomad.hcl.j2")
-    parsed: dict[str, Any] = api.jobs.parse(template.render(data=host.data))
+    parsed: dict[str, Any] = api.jobs.parse(config.render("registry/registry.nomad.hcl.j2"))
     return parsed
 
 

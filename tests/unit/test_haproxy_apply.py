@@ -103,9 +103,7 @@ class Proxy:
 
     def worker(self) -> str:
         ask = ["socat", "-", f"UNIX-CONNECT:{self.folder / 'master.sock'}"]
-        answer = subprocess.run(
-            ask, input="@1 show info\n", capture_output=True, text=True, check=True
-        )
+        answer = subprocess.run(ask, input="@1 show info\n", capture_output=True, text=True, check=True)
         return next(line for line in answer.stdout.splitlines() if line.startswith("Pid: "))
 
     def serves(self) -> bool:
