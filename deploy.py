@@ -17,6 +17,7 @@ preflight.stop_at_first_failure(name="Stop at the first failure")
 
 is_worker = "workers" in host.groups
 is_proxy = "proxies" in host.groups
+by_nomad = host.data.scheduler == "nomad"
 
 if "docker" in roles and is_worker:
     docker.configure()
@@ -31,12 +32,12 @@ if "docker" in roles and is_worker:
     docker.start()
 if "dns" in roles:
     dns.install()
-if "nomad" in roles and is_worker:
+if "nomad" in roles and is_worker and by_nomad:
     nomad.install()
     nomad.start()
 if "consul" in roles:
     consul.roll()
-if "nomad" in roles and is_worker:
+if "nomad" in roles and is_worker and by_nomad:
     nomad.roll()
 if "docker" in roles and is_worker:
     docker.roll()

@@ -13,8 +13,9 @@ from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 
 from pyinfra import host, logger
-from pyinfra.api import FactBase, FileUploadCommand, FunctionCommand, OperationError, operation
+from pyinfra.api import FactBase, FileUploadCommand, FunctionCommand, operation
 from pyinfra.api.host import Host
+from pyinfra.api.state import State
 from pyinfra.facts.server import Arch
 
 from tasks import mirror
@@ -130,8 +131,9 @@ def faults(member: Host, tools: Iterable[str]) -> list[str]:
 
 def _fault(member: Host, tool: str, state: ToolState) -> str | None:
     version = wanted(member, tool)
-    if version in state.present:
-        return None
+    downgrade = _downgrade(member, tool, version, state)
+    if downgrade or version in state.present:
+        return downgrade
     try:
         artifact = _artifact(member, tool, version)
         needed = _member(artifact).file_size + 2 * artifact.zip.stat().st_size
@@ -140,8 +142,8 @@ def _fault(member: Host, tool: str, state: ToolState) -> str | None:
     if needed < state.free:
         return None
     return (
-        f"{member.name}: {tool} {version} needs {needed / 1e9:.2f} GB in {LIB},"
-        f" {state.free / 1e9:.2f} GB are free; free some space"
+        f"{member.name}: {tool} {version} needs {needed / 1e6:.0f} MB in {LIB},"
+        f" {state.free / 1e6:.0f} MB are free; free some space"
     )
 
 
@@ -175,7 +177,8 @@ def install(tool: str, version: str) -> Generator[str | FileUploadCommand | Func
         return
     newer = _downgrade(host, tool, version, state)
     if newer:
-        raise OperationError(newer)
+        yield FunctionCommand(_refuse, (newer,), {})
+        return
     if version not in state.present:
         yield from _unpack(tool, version)
     yield _swap(tool, version)
@@ -184,13 +187,20 @@ def install(tool: str, version: str) -> Generator[str | FileUploadCommand | Func
     yield f"find {LIB}/{tool} -mindepth 1 -maxdepth 1 {names} -exec rm -rf {{}} +"
 
 
+def _refuse(state: State, host: Host, line: str) -> bool:
+    """Fail in one line; an exception would print a traceback. `faults` says it before, in prepare."""
+    logger.error(f"{host.print_prefix}{line}")
+    return False
+
+
 def _unpack(tool: str, version: str) -> Generator[str | FileUploadCommand | FunctionCommand]:
     """Upload, verify and unpack beside the target, which a rename then creates whole."""
     try:
         artifact = _artifact(host, tool, version)
         inflate = _inflate(artifact)
     except mirror.MirrorError as error:
-        raise OperationError(str(error)) from None
+        yield FunctionCommand(_refuse, (str(error),), {})
+        return
     new = f"{LIB}/{tool}/.new"
     name = artifact.zip.name
     yield f"rm -rf {new} && install -d -m 755 {LIB}/{tool} {new}"

@@ -15,7 +15,6 @@ import shlex
 import time
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
-from io import StringIO
 from typing import Any
 
 import gevent  # type: ignore[import-untyped]
@@ -24,15 +23,16 @@ from pyinfra import host, logger
 from pyinfra.api import DeployError, FactBase, FunctionCommand, deploy, operation
 from pyinfra.api.host import Host, HostData
 from pyinfra.api.state import State
-from pyinfra.operations import files, systemd
+from pyinfra.operations import systemd
 
+from tasks import config
 from tasks.cluster import Unavailable, consul_api, wait_until
 
 COLOURS = ("blue", "green")
 SERVICE_FILE = "/etc/consul.d/app.json"
 REGISTRY_FILE = "/etc/consul.d/registry.json"
 DOCKER_UNIT = "/etc/systemd/system/docker.service.d/private-address.conf"
-LABELS = ("app", "colour", "version", "digest", "config")
+LABELS = ("app", "colour", "version", "digest", "settings")
 
 
 class Failed(DeployError):
@@ -61,7 +61,7 @@ class Instance:
     colour: str
     version: str
     digest: str
-    config: str  # see config_hash
+    settings: str  # see settings_hash
 
     @property
     def name(self) -> str:
@@ -110,7 +110,7 @@ def arguments(data: HostData, colour: str) -> list[str]:
     ]
 
 
-def config_hash(data: HostData, version: str) -> str:
+def settings_hash(data: HostData, version: str) -> str:
     """Of all that shapes a container beside its image; secrets in the environment only go in hashed."""
     containers = [[arguments(data, colour), _service(data, colour, version)] for colour in COLOURS]
     return _hash([containers, sorted(environment(data, version).items())])
@@ -172,14 +172,16 @@ def outdated(workers: list[Host], release: Release) -> list[Host]:
 
 
 def _done(member: Host, release: Release) -> bool:
-    up = [instance for instance in instances(member) if instance.up]
-    if len(up) != 1 or not _is(member, up[0], release):
-        return False
-    if _service_lines(member) != service_file(member.data, up).splitlines():
-        return False
+    """False also for a worker that cannot be asked: the roll finds out what is wrong with it."""
     try:
-        return set(_statuses(member)) == {up[0].name}
-    except Unavailable:
+        up = [instance for instance in instances(member) if instance.up]
+        return (
+            len(up) == 1
+            and _is(member, up[0], release)
+            and _service_lines(member) == service_file(member.data, up).splitlines()
+            and set(_statuses(member)) == {up[0].name}
+        )
+    except (Failed, Lost, *Unavailable):
         return False
 
 
@@ -188,8 +190,9 @@ def _service_lines(member: Host) -> list[str]:
 
 
 def _is(member: Host, instance: Instance, release: Release) -> bool:
-    config = config_hash(member.data, release.version)
-    return (instance.version, instance.digest, instance.config) == (release.version, release.digest, config)
+    settings = settings_hash(member.data, release.version)
+    found = (instance.version, instance.digest, instance.settings)
+    return found == (release.version, release.digest, settings)
 
 
 def _statuses(member: Host) -> dict[str, str]:
@@ -295,7 +298,7 @@ def _start(member: Host, colour: str, release: Release, old: Instance | None) ->
         colour=colour,
         version=release.version,
         digest=release.digest,
-        config=config_hash(data, release.version),
+        settings=settings_hash(data, release.version),
     )
     new = Instance(state="running", created="", **labels)
     _register(member, [old] if old else [])
@@ -454,6 +457,14 @@ def _say(member: Host, line: str) -> None:
 # Around a restart of Docker
 
 
+def spare(member: Host) -> str | None:
+    """Why this worker cannot be paused without an outage, or None."""
+    with consul_api(member) as api:
+        entries = api.health.service(member.data.app_name, passing=True)[1]
+    serving = {entry["Node"]["Node"] for entry in entries}
+    return f"no other worker serves {member.data.app_name}" if serving == {member.name} else None
+
+
 def pause(member: Host) -> str | None:
     """Take the worker's instances out of Consul and drain them, but let them run. What failed, or None."""
     try:
@@ -480,12 +491,20 @@ def resume(member: Host) -> str | None:
 @operation()
 def resume_if_paused() -> Generator[FunctionCommand]:
     """Put back what an interrupted run has taken out of Consul; what release.py left is its own."""
-    up = [instance for instance in instances(host) if instance.up]
-    registered = "".join(_service_lines(host))
-    if not up or any(f'"id": "{instance.name}"' in registered for instance in up):
+    if not _paused(host):
         host.noop("what runs is in Consul")
         return
     yield FunctionCommand(_resume, (), {})
+
+
+def _paused(member: Host) -> bool:
+    """Something runs, and nothing of it is in the service file. False without a Docker to ask."""
+    try:
+        up = [instance for instance in instances(member) if instance.up]
+        registered = "".join(_service_lines(member))
+    except (Failed, Lost):
+        return False
+    return bool(up) and not any(f'"id": "{instance.name}"' in registered for instance in up)
 
 
 def _resume(state: State, host: Host) -> bool:
@@ -501,11 +520,9 @@ def _resume(state: State, host: Host) -> bool:
 @deploy("Docker")
 def configure() -> None:
     """Before Docker's first start, so that a reboot finds it."""
-    unit = files.put(
+    unit = config.write(
         name="Let Docker wait for the private address",
-        src="templates/containers/private-address.conf",
-        dest=DOCKER_UNIT,
-        mode="644",
+        files=[config.File(DOCKER_UNIT, config.render("containers/private-address.conf"))],
     )
     systemd.daemon_reload(name="Read Docker's unit again", _if=unit.did_change)
 
@@ -514,13 +531,10 @@ def configure() -> None:
 def run_registry() -> None:
     """On this worker; whether it answers is to be asked of Consul."""
     run_registry_container(name="Run a registry")
-    files.put(
+    text = json.dumps({"service": registry_service(host.data)}, indent=2) + "\n"
+    config.write(
         name="Describe the registry to Consul",
-        src=StringIO(json.dumps({"service": registry_service(host.data)}, indent=2) + "\n"),
-        dest=REGISTRY_FILE,
-        user="consul",
-        group="consul",
-        mode="640",
+        files=[config.File(REGISTRY_FILE, text, mode="640", owner="consul:consul")],
     )
     reload_consul_if_unaware(name="Register the registry in Consul", service=registry_service(host.data))
 
@@ -556,13 +570,13 @@ def registry_service(data: HostData) -> dict[str, Any]:
     }
 
 
-class ContainerConfig(FactBase[str]):
-    """The label hashistack.config of a running container; "" if it does not run."""
+class ContainerSettings(FactBase[str]):
+    """The label hashistack.settings of a running container; "" if it does not run."""
 
     def command(self, container: str) -> str:
         return (
             "! command -v docker >/dev/null || docker ps"
-            f" --filter name=^{container}$ --format '{{{{.Label \"hashistack.config\"}}}}' || true"
+            f" --filter name=^{container}$ --format '{{{{.Label \"hashistack.settings\"}}}}' || true"
         )
 
     def process(self, output: Iterable[str]) -> str:
@@ -573,12 +587,12 @@ class ContainerConfig(FactBase[str]):
 def run_registry_container() -> Generator[str]:
     """Run it anew where it does not run with these arguments (docker.container would not see them)."""
     wanted = registry_arguments(host.data)
-    config = _hash(wanted)
-    if host.get_fact(ContainerConfig, container="registry") == config:
+    settings = _hash(wanted)
+    if host.get_fact(ContainerSettings, container="registry") == settings:
         host.noop("the registry runs as it should")
         return
     yield "! docker inspect registry >/dev/null 2>&1 || docker rm --force registry"
-    yield shlex.join(["docker", "run", "--detach", f"--label=hashistack.config={config}", *wanted])
+    yield shlex.join(["docker", "run", "--detach", f"--label=hashistack.settings={settings}", *wanted])
 
 
 @operation()

@@ -11,9 +11,8 @@ from collections.abc import Generator, Iterable
 
 from pyinfra import host
 from pyinfra.api import FactBase, deploy, operation
-from pyinfra.operations import files
 
-from tasks import rolling
+from tasks import config, rolling
 
 CONFIG = "/etc/consul-dns.conf"
 UNIT = "/etc/systemd/system/consul-dns.service"
@@ -60,14 +59,10 @@ def docker_address() -> str:
 
 
 def _resolved() -> None:
-    files.template(
-        name="Send *.consul from systemd-resolved to Consul",
-        src="templates/dns/resolved.conf.j2",
-        dest=RESOLVED,
-        mode="644",
-        consul_port=host.data.consul_dns_port,
-        docker_address=docker_address(),
+    text = config.render(
+        "dns/resolved.conf.j2", consul_port=host.data.consul_dns_port, docker_address=docker_address()
     )
+    config.write(name="Send *.consul from systemd-resolved to Consul", files=[config.File(RESOLVED, text)])
     rolling.restart_if_stale(
         name="Restart systemd-resolved if its settings are newer",
         unit="systemd-resolved",
@@ -76,26 +71,19 @@ def _resolved() -> None:
 
 
 def _dnsmasq() -> None:
-    files.template(
-        name="Send *.consul from dnsmasq to Consul",
-        src="templates/dns/dnsmasq.conf.j2",
-        dest=CONFIG,
-        mode="644",
+    text = config.render(
+        "dns/dnsmasq.conf.j2",
         consul_port=host.data.consul_dns_port,
         addresses=[address for address in ("127.0.0.1", docker_address()) if address],
     )
-    for name in host.loop(["consul-dns.service", "consul-dns-first.service", "consul-dns-first.path"]):
-        files.put(
-            name=f"Write the unit {name}",
-            src=f"templates/dns/{name}",
-            dest=f"/etc/systemd/system/{name}",
-            mode="644",
-        )
-    files.put(
-        name=f"Write {FIRST}",
-        src="templates/dns/consul-dns-first",
-        dest=FIRST,
-        mode="755",
+    units = ("consul-dns.service", "consul-dns-first.service", "consul-dns-first.path")
+    config.write(
+        name="Send *.consul from dnsmasq to Consul",
+        files=[
+            config.File(CONFIG, text),
+            config.File(FIRST, config.render("dns/consul-dns-first"), mode="755"),
+            *(config.File(f"/etc/systemd/system/{unit}", config.render(f"dns/{unit}")) for unit in units),
+        ],
     )
     rolling.restart_if_stale(
         name="Restart the resolver if its settings are newer",

@@ -10,7 +10,7 @@ from pyinfra import host
 from pyinfra.api import deploy
 from pyinfra.api.host import Host
 
-from tasks import cluster, config, rolling
+from tasks import cluster, config, containers, rolling
 from tasks.nomad import node
 
 CONFIG = "/etc/docker/daemon.json"
@@ -20,6 +20,8 @@ CONFIG = "/etc/docker/daemon.json"
 def configure() -> None:
     """Before the package: the first start of the engine must already be with our settings."""
     config.write(name="Configure Docker", files=[config.File(CONFIG, daemon_json())])
+    if host.data.scheduler == "docker":
+        containers.configure()
 
 
 def daemon_json() -> str:
@@ -55,27 +57,37 @@ def _rank(member: Host) -> int:
 
 
 def _gate(member: Host) -> str | None:
-    """The instances on this worker need another one to move to."""
-    if member.data.accept_outage or member.data.scheduler != "nomad":
+    """Another worker must be there to serve meanwhile."""
+    if member.data.accept_outage:
         return None
+    if member.data.scheduler == "nomad":
+        others = _eligible_nodes(member)
+    else:
+        others = _serving_nodes(member) or {"nothing runs yet"}
+    return None if others - {member.name} else "no other worker can serve meanwhile"
+
+
+def _eligible_nodes(member: Host) -> set[str]:
     with cluster.nomad_api(member) as api:
-        others = [
+        return {
             n["Name"]
             for n in api.nodes.get_nodes()
-            if n["Name"] != member.name
-            and n["Status"] == "ready"
-            and n["SchedulingEligibility"] == "eligible"
-        ]
-    return None if others else "no other worker can take its instances"
+            if n["Status"] == "ready" and n["SchedulingEligibility"] == "eligible"
+        }
+
+
+def _serving_nodes(member: Host) -> set[str]:
+    with cluster.consul_api(member) as api:
+        entries = api.health.service(member.data.app_name, passing=True)[1]
+        return {entry["Node"]["Node"] for entry in entries}
 
 
 def _restart(member: Host, unit: str) -> str | None:
-    """Live-restore keeps containers through a restart, but Nomad replaces their allocations all the
-    same (nomad#24105), so they leave beforehand, in the order that drops no request."""
-    if member.data.scheduler != "nomad":
-        return rolling.run(member, unit)
-    fault = _drain(member)
-    return fault or rolling.run(member, unit)
+    """The instances leave beforehand, in the order that drops no request. Live-restore would keep the
+    containers, but Nomad replaces their allocations all the same (nomad#24105)."""
+    if member.data.scheduler == "nomad":
+        return _drain(member) or rolling.run(member, unit)
+    return containers.pause(member) or rolling.run(member, unit) or containers.resume(member)
 
 
 def _drain(member: Host) -> str | None:

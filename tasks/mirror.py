@@ -199,7 +199,7 @@ def _from_folder(root: Path, tool: str, version: str, arch: str) -> Artifact:
     """A zip in the user's own folder is used where it is."""
     artifact = local(root, tool, version, arch)
     if not artifact:
-        raise Unavailable(f"{_zip(root, tool, version, arch)}: no such file; {_next_step(tool)}")
+        raise Unavailable(f"{_zip(root, tool, version, arch)}: no such file; {_next_step(tool, version)}")
     return artifact
 
 
@@ -241,9 +241,12 @@ def _own_unsigned(tool: str, version: str) -> list[Path]:
 
 def _get(source: str, tool: str, file: Path) -> None:
     """Download one file; a source that cannot be reached is not asked again in this run."""
-    url = "/".join([source.rstrip("/"), tool, file.parent.name, file.name])
+    version = file.parent.name
+    url = "/".join([source.rstrip("/"), tool, version, file.name])
     if source in _unreachable:
-        raise Unavailable(f"{url}: cannot be downloaded ({_unreachable[source]}); {_next_step(tool)}")
+        raise Unavailable(
+            f"{url}: cannot be downloaded ({_unreachable[source]}); {_next_step(tool, version)}"
+        )
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer, file.open("wb") as out:
             _copy(answer, out, file.name, int(answer.headers.get("Content-Length") or 0))
@@ -254,11 +257,11 @@ def _get(source: str, tool: str, file: Path) -> None:
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
         reason = _unreachable[source] = str(getattr(error, "reason", error))
-    raise Unavailable(f"{url}: cannot be downloaded ({reason}); {_next_step(tool)}")
+    raise Unavailable(f"{url}: cannot be downloaded ({reason}); {_next_step(tool, version)}")
 
 
-def _next_step(tool: str) -> str:
-    step = f"put it and its SHA256SUMS into {cache_dir() / tool}/<version>, or set artifact_mirror"
+def _next_step(tool: str, version: str) -> str:
+    step = f"put the zip and its SHA256SUMS into {cache_dir() / tool / version}, or set artifact_mirror"
     fallback = buildable(tool)
     return f"{step}, or set {tool.replace('-', '_')}_version to {fallback}" if fallback else step
 

@@ -228,11 +228,10 @@ def restore(api: Nomad, job_id: str, number: int, say: Callable[[str], Any]) -> 
     if job["Version"] == number:
         api.job.deregister_job(job_id, purge=True)
         return "it was the first version, so its job is removed"
-    say(f"failed; going back to {job['Meta']['version']}")
-    fault = follow(api, job_id, job["Version"], say)
-    return (
-        f"going back failed too: {fault}" if fault else f"{job['Meta']['version']} serves as before"
-    )
+    old = job["Meta"]["version"]
+    say(f"failed; going back to {old}")
+    fault = follow(api, job_id, job["Version"], lambda line: say(f"back to {old}: {line}"))
+    return f"going back to {old} failed too: {fault}" if fault else f"{old} serves as before"
 
 
 def said(error: Exception) -> str:
@@ -328,10 +327,8 @@ def release(version: str, say: Callable[[str], Any]) -> str | None:
     fault = _persist(lambda api: follow(api, job["ID"], number, say))
     if fault is None or fault.startswith(_REPLACED):
         return fault
-    say(fault)
-    return f"not released: {fault}; " + str(
-        _persist(lambda api: restore(api, job["ID"], number, say))
-    )
+    end = _persist(lambda api: restore(api, job["ID"], number, say))
+    return f"not released: {fault}; {end}"
 
 
 def _number(api: Nomad, job_id: str) -> int:

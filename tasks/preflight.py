@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 
 from pyinfra import host, inventory, logger, state
-from pyinfra.api import DeployError, operation
+from pyinfra.api import DeployError, FactBase, operation
 from pyinfra.facts.server import LinuxDistribution
 
 from tasks import artifact
@@ -37,8 +37,45 @@ def check_host() -> None:
         logger.warning(f"{host.print_prefix}Debian 13 is untested")
     elif release != "debian 12":
         raise DeployError(f"{host.name}: runs {distro['name']}; use Debian 12 (13 is untested)")
-    for line in artifact.downgrades(host):
+    for line in artifact.downgrades(host) + scheduler_change() + artifact.faults(host, tools()):
         raise DeployError(line)
+    for line in artifact.unsigned(host):
+        logger.warning(f"{host.print_prefix}{line}")
+
+
+def tools() -> list[str]:
+    """The artifacts that this host runs."""
+    nomad = "workers" in host.groups and host.data.scheduler == "nomad"
+    return [
+        "consul",
+        *(["nomad"] if nomad else []),
+        *(["consul-template"] if "proxies" in host.groups else []),
+    ]
+
+
+class RunningScheduler(FactBase[str]):
+    """What runs the app on a worker: "nomad", "docker" (containers of ours), or "" for neither."""
+
+    def command(self) -> str:
+        return (
+            "if systemctl is-active -q nomad; then echo nomad;"
+            " elif command -v docker >/dev/null && docker ps -aq --filter label=hashistack.app | grep -q .;"
+            " then echo docker; fi"
+        )
+
+    def process(self, output: Iterable[str]) -> str:
+        return "".join(output).strip()
+
+
+def scheduler_change() -> list[str]:
+    """A line if this worker's app is run by the other scheduler: that would be an outage."""
+    running = host.get_fact(RunningScheduler)
+    if running in ("", host.data.scheduler):
+        return []
+    return [
+        f"{host.name}: {running} runs its app, scheduler={host.data.scheduler} would cut it off;"
+        f" set scheduler={running}, or start from new hosts"
+    ]
 
 
 def check_groups() -> None:

@@ -15,7 +15,7 @@ from pyinfra.api.state import State
 from pyinfra.facts.docker import DockerImage
 from pyinfra.facts.server import Arch
 
-from tasks import config, rolling
+from tasks import config, containers, rolling
 from tasks.cluster import consul_api, nomad_api
 from tasks.mirror import cache_dir
 
@@ -37,9 +37,13 @@ def install() -> None:
 
 @deploy("Registry")
 def run() -> None:
-    """Nomad runs one on each worker, those to come included."""
-    if host.name == rolling.members("workers")[0].name:
+    """One on each worker; Nomad sees to those to come, too."""
+    if host.data.scheduler == "docker":
+        containers.run_registry()
+    leads = host.name == rolling.members("workers")[0].name
+    if leads and host.data.scheduler == "nomad":
         register_job(name="Run a registry on each worker")
+    if leads:
         rolling.wait_until_healthy(
             name="Wait until each registry answers", what="the registries", fault=_missing
         )

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import inventory
+from group_data import all as knobs
 from lab import settings
 
 ROOT = settings.ROOT
@@ -73,6 +77,20 @@ def on(host: str, command: str, check: bool = True) -> str:
     return done.stdout
 
 
+def on_all(members: list[str], command: str) -> dict[str, str]:
+    """Run it on several hosts at once; host -> its standard output."""
+    with ThreadPoolExecutor(len(members)) as pool:
+        return dict(zip(members, pool.map(lambda host: on(host, command), members), strict=True))
+
+
+def api(host: str, port: int, path: str) -> Any:  # noqa: ANN401
+    """GET from an API on a host's loopback: its JSON, or its text. Bare hosts have no curl, but bash."""
+    request = rf"GET {path} HTTP/1.0\r\n\r\n"
+    answer = on(host, f"exec 3<>/dev/tcp/127.0.0.1/{port}; printf '{request}' >&3; cat <&3")
+    head, _, body = answer.partition("\n\n")
+    return json.loads(body) if "application/json" in head else body
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished pyinfra run. changed: operation -> hosts that it changed."""
@@ -81,6 +99,10 @@ class Run:
     changed: dict[str, list[str]]
     failed: dict[str, list[str]]
     output: str
+
+    def lines(self, pattern: str) -> list[str]:
+        """The lines of its output that match, as they were printed."""
+        return [line.strip() for line in self.output.splitlines() if re.search(pattern, line)]
 
 
 def pyinfra(script: str, *arguments: str) -> Run:
@@ -111,6 +133,33 @@ def get(path: str) -> str:
     with urllib.request.urlopen(URL + path, timeout=5) as answer:
         text: str = answer.read().decode()
         return text.strip()
+
+
+def running_version() -> str:
+    """The version that answers through HAProxy."""
+    return get("/version").removeprefix("Version: ")
+
+
+def consul_instances() -> set[str]:
+    """The app's passing instances in Consul, as HAProxy names them: app-<version>-<address>-<port>."""
+    entries = api(names("proxies")[0], knobs.consul_http_port, f"/v1/health/service/{knobs.app_name}?passing")
+    services = [entry["Service"] for entry in entries]
+    return {f"{s['Service']}-{s['Meta']['version']}-{s['Address']}-{s['Port']}" for s in services}
+
+
+def haproxy_servers() -> dict[str, str]:
+    """The app's servers in HAProxy on the first proxy -> UP, DOWN ..."""
+    ask = "echo show stat | socat - UNIX-CONNECT:/run/haproxy/admin.sock"
+    page = on(names("proxies")[0], ask).lstrip("# ")
+    rows = [row for row in csv.DictReader(page.splitlines()) if row["pxname"] == knobs.app_name]
+    return {row["svname"]: row["status"] for row in rows if row["svname"] not in ("FRONTEND", "BACKEND")}
+
+
+def serving() -> set[str] | None:
+    """The instances, once HAProxy has exactly those that pass in Consul and all of them are up."""
+    servers = haproxy_servers()
+    all_up = all(status.startswith("UP") for status in servers.values())
+    return set(servers) if servers and all_up and set(servers) == consul_instances() else None
 
 
 def wait_for(what: str, check: Callable[[], Any], deadline_s: float = 60) -> Any:

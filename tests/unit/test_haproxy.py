@@ -29,7 +29,7 @@ DEADLINE_S = 20
 needs_haproxy = pytest.mark.skipif(not shutil.which("haproxy"), reason="haproxy is not installed")
 
 
-def render(name: str, **values: Any) -> str:
+def render(name: str, **values: object) -> str:
     """A template of templates/haproxy as pyinfra renders it; `values` override group_data/all.py."""
     discover = values.pop("discover", False)
     data = SimpleNamespace(**{**vars(group_data.all), **values})
@@ -76,7 +76,7 @@ class ConsulAnswer(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         pass
 
 
@@ -186,7 +186,7 @@ class Echo(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         pass
 
 
@@ -255,9 +255,12 @@ def test_no_server_is_a_503(tmp_path: Path) -> None:
 @needs_haproxy
 def test_a_server_that_is_gone_costs_no_request(tmp_path: Path) -> None:
     """Also no POST: nothing of it has been sent when the connection fails."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as echo, serving(echo):
-        with haproxy(tmp_path, [free_port(), echo.server_address[1]]) as port:
-            answers = [send(port, "POST", f"body {n}") for n in range(20)]
+    with (
+        ThreadingHTTPServer(("127.0.0.1", 0), Echo) as echo,
+        serving(echo),
+        haproxy(tmp_path, [free_port(), echo.server_address[1]]) as port,
+    ):
+        answers = [send(port, "POST", f"body {n}") for n in range(20)]
     assert answers == [(200, f"body {n}") for n in range(20)]
 
 

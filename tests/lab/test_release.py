@@ -1,0 +1,82 @@
+"""Releases under load: none loses a request, and one that fails leaves the version before serving."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from group_data import all as knobs
+from tests.lab import hosts
+from tests.load import Load
+
+SICK = {
+    # gunicorn cannot load it, says why, and exits.
+    "crash": ('app = Flask(__name__)', 'raise SystemExit("no database: giving up")', "no database: giving up"),
+    # It runs, but never says that it is well.
+    "mute": ('_plain("OK\\n")', 'Response("warming up", 503)', "503 Service Unavailable|Booting worker"),
+}
+
+
+def release(version: str, *arguments: str) -> hosts.Run:
+    return hosts.pyinfra("release.py", "--data", f"version={version}", *arguments)
+
+
+def test_release_and_back(load: Load, as_found: str) -> None:
+    """To another version, the same again, the same with other resources, and back."""
+    other = "0.0.3" if as_found != "0.0.3" else "0.0.2"
+    load.versions = frozenset({as_found, other})
+
+    run = release(other)
+    assert run.code == 0, run.output
+    assert versions_that_serve() == {other}
+
+    run = release(other)
+    assert (run.code, run.changed) == (0, {}), run.output
+    assert run.lines("nothing to do")
+
+    count = knobs.app_count + 1
+    run = release(other, "--data", f"app_count={count}", "--data", f"app_memory_mb={knobs.app_memory_mb + 1}")
+    assert run.code == 0, run.output
+    assert versions_that_serve() == {other}
+    if hosts.SCHEDULER == "nomad":  # the docker scheduler runs one on each worker
+        assert len(hosts.haproxy_servers()) == count
+
+    run = release(as_found)
+    assert run.code == 0, run.output
+    assert not run.lines("building")
+    assert versions_that_serve() == {as_found}
+
+
+def versions_that_serve() -> set[str]:
+    """The versions of HAProxy's servers, at once: a release that has ended has moved all of them."""
+    servers = hosts.serving()
+    assert servers, f"HAProxy {hosts.haproxy_servers()}, Consul {hosts.consul_instances()}"
+    return {match[1] for name in servers if (match := re.match(r"app-(.+)-[0-9.]+-\d+$", name))}
+
+
+@pytest.mark.parametrize("kind", SICK)
+def test_sick_version_leaves_the_old_one(load: Load, as_found: str, kind: str, tmp_path: Path) -> None:
+    before = hosts.consul_instances()
+    source, sick, reason = SICK[kind]
+    folder = copy_of_app(tmp_path, source, sick)
+    # Named after what it is: a version stays in the registries, where later runs find it again.
+    name = f"0.1.0-{kind}.h{hashlib.sha256((folder / 'app.py').read_bytes()).hexdigest()[:8]}"
+
+    run = release(name, "--data", f"app_folder={folder}", "--data", "app_healthy_deadline_s=20")
+    assert run.code == 1
+    assert "Traceback" not in run.output
+    assert run.lines(rf"{re.escape(name)}.*({reason})") or run.lines(reason), run.output
+    hosts.wait_for("the old instances alone to serve", lambda: hosts.serving() == before)
+
+
+def copy_of_app(target: Path, old: str, new: str) -> Path:
+    """The app's folder with one change."""
+    folder = shutil.copytree(hosts.ROOT / knobs.app_folder, target / "app")
+    source = (folder / "app.py").read_text()
+    assert old in source
+    (folder / "app.py").write_text(source.replace(old, new))
+    return folder
