@@ -47,10 +47,10 @@ def roll() -> None:
     """One host at a time for what runs with an older binary or configuration, the leader last."""
     if not rolling.driver():
         return
+    rolling.roll(name="Restart Consul where it is stale, one host at a time", service=SERVICE)
     rolling.wait_until_healthy(
         name="Wait until Consul has a leader", what="a Consul leader", fault=_leaderless
     )
-    rolling.roll(name="Restart Consul where it is stale, one host at a time", service=SERVICE)
 
 
 def _leaderless() -> str | None:

@@ -228,7 +228,9 @@ def roll(workers: list[Host], release: Release) -> Outcome:
 
     def move(member: Host) -> None:
         try:
-            moved.append((member, _replace(member, release)))
+            before = _replace(member, release)
+            if before is None or not _is(member, before, release):
+                moved.append((member, before))
         except Lost as lost:
             logger.warning(f"{lost}. It is left as it is: release {release.version} again when it is back")
             outcome.lost.append(member.name)
@@ -244,7 +246,7 @@ def roll(workers: list[Host], release: Release) -> Outcome:
             move(worker)
     if outcome.fault:
         outcome.fault += "".join(f"\n{_go_back(*pair)}" for pair in reversed(moved))
-    elif outcome.lost and not moved:
+    elif workers and len(outcome.lost) == len(workers):
         outcome.fault = "every worker was lost"
     return outcome
 
@@ -258,16 +260,15 @@ def _serves(member: Host) -> bool:
 
 
 def _replace(member: Host, release: Release) -> Instance | None:
-    """Bring `release` to one worker; returns what it replaced. A new one that fails is taken away."""
+    """Bring `release` to one worker; returns what ran before. A new one that fails is taken away."""
     found = instances(member)
     new = next((i for i in found if i.up and _is(member, i, release)), None)
-    if new is None:
-        colour = _free_colour(member, found)
-        old = next((i for i in found if i.up and i.colour != colour), None)
-        new = _start(member, colour, release, old)
-    else:  # an interrupted run has started it
-        colour = new.colour
-        old = next((i for i in found if i.up and i.colour != colour), None)
+    colour = new.colour if new else _free_colour(member, found)
+    old = next((i for i in found if i.up and i.colour != colour), None)
+    if new and not old:  # it runs alone already, and only has to be in Consul
+        _join(member, new, None)
+        return new
+    new = new or _start(member, colour, release, old)
     try:
         _join(member, new, old)
     except Failed as fault:
@@ -434,7 +435,7 @@ def _register(member: Host, services: list[Instance]) -> None:
         raise Failed(f"{member.name}: {SERVICE_FILE} written, but {missing}; see journalctl -u consul there")
 
 
-def _run(member: Host, command: str, stdin: str | None = None, timeout_s: int = 60) -> list[str]:
+def _run(member: Host, command: str, stdin: str | None = None, timeout_s: int = 120) -> list[str]:
     """The lines that `command` prints on a worker, as root. Raises Failed, or Lost."""
     try:
         with gevent.Timeout(timeout_s, TimeoutError(f"no answer in {timeout_s} s")):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
-from pyinfra import host
-from pyinfra.api import deploy
+from pyinfra import host, logger
+from pyinfra.api import FunctionCommand, deploy, operation
 from pyinfra.api.host import Host
+from pyinfra.api.state import State
+from pyinfra.facts.files import File
 
 from tasks import cluster, config, containers, rolling
 from tasks.nomad import node
 
 CONFIG = "/etc/docker/daemon.json"
+DRAINED = "/var/lib/nomad/drained-for-docker"
 
 
 @deploy("Docker")
@@ -48,6 +51,11 @@ def start() -> None:
 
 @deploy("Docker")
 def roll() -> None:
+    """One host at a time, and whatever an interrupted run has sent away comes back first."""
+    if host.data.scheduler == "nomad":
+        take_back_if_drained(name="Let Nomad use this worker again where a run was interrupted")
+    else:
+        containers.resume_if_paused(name="Serve again where a run was interrupted")
     if host.name == rolling.members("workers")[0].name:
         rolling.roll(name="Restart Docker where it is stale, one host at a time", service=SERVICE)
 
@@ -91,9 +99,13 @@ def _restart(member: Host, unit: str) -> str | None:
 
 
 def _drain(member: Host) -> str | None:
+    """The mark on disk tells the next run, should this one be interrupted, that the drain is ours."""
     node_id = node(member).get("ID")
     if not node_id:
         return None
+    marked, _ = member.run_shell_command(f"touch {DRAINED}", _sudo=True)
+    if not marked:
+        return f"{DRAINED} cannot be written"
     with cluster.nomad_api(member) as api:
         spec = {"Deadline": int(member.data.roll_deadline_s * 1e9), "IgnoreSystemJobs": True}
         api.node.drain_node_with_spec(node_id, spec, mark_eligible=False)
@@ -105,19 +117,35 @@ def _drain(member: Host) -> str | None:
 
 
 def _recovery(member: Host) -> Callable[[], str | None]:
-    def check() -> str | None:
-        if member.data.scheduler != "nomad":
-            return None
-        mine = node(member)
-        docker = mine.get("Drivers", {}).get("docker", {})
-        if mine.get("Status") != "ready" or not docker.get("Healthy"):
-            return "Nomad does not see a healthy Docker yet"
-        if mine["SchedulingEligibility"] != "eligible":
-            with cluster.nomad_api(member) as api:
-                api.node.eligible_node(mine["ID"], eligible=True)
-        return None
+    return lambda: _take_back(member) if member.data.scheduler == "nomad" else None
 
-    return check
+
+def _take_back(member: Host) -> str | None:
+    """Let Nomad place instances here again, once it sees a healthy Docker."""
+    mine = node(member)
+    if mine.get("Status") != "ready" or not mine.get("Drivers", {}).get("docker", {}).get("Healthy"):
+        return "Nomad does not see a healthy Docker yet"
+    with cluster.nomad_api(member) as api:
+        # Not eligible_node(): that leaves a drain under way in place, which this ends.
+        api.node.drain_node_with_spec(mine["ID"], None, mark_eligible=True)
+    removed, _ = member.run_shell_command(f"rm -f {DRAINED}", _sudo=True)
+    return None if removed else f"{DRAINED} cannot be removed"
+
+
+@operation()
+def take_back_if_drained() -> Generator[FunctionCommand]:
+    """End a drain of ours that an interrupted run has left behind; an operator's own is not touched."""
+    if not host.get_fact(File, path=DRAINED):
+        host.noop("no drain of ours is left")
+        return
+    yield FunctionCommand(_end_drain, (), {})
+
+
+def _end_drain(state: State, host: Host) -> bool:
+    fault = cluster.wait_until("Nomad's client", lambda: _take_back(host), host.data.roll_deadline_s)
+    if fault:
+        logger.error(f"{host.print_prefix}{fault}; see journalctl -u nomad -u docker there")
+    return fault is None
 
 
 SERVICE = rolling.Service(

@@ -6,8 +6,8 @@ otherwise the old configuration stays. deploy.py never writes the live file: a c
 template, and takes the same way as a changed backend.
 
 Servers in the backend are named <app>-<version>-<address>-<port>, so that HAProxy's statistics
-(http://127.0.0.1:8404/;csv on the proxy) show which version serves. An instance without a
-`version-` tag in Consul has the version "unknown".
+(http://127.0.0.1:8404/;csv on the proxy) show which version serves. The version is
+the service's `version` metadata in Consul, "unknown" without.
 """
 
 from __future__ import annotations

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 from nomad.api.exceptions import BaseNomadException
-from pyinfra import host, inventory
-from pyinfra.api import deploy
+from pyinfra import host, inventory, logger
+from pyinfra.api import FunctionCommand, deploy, operation
 from pyinfra.api.host import Host
+from pyinfra.api.state import State
 
 from tasks import artifact, config, rolling
-from tasks.cluster import Unavailable, autopilot_fault, behind, leader_index, nomad_api
+from tasks.cluster import Unavailable, autopilot_fault, behind, leader_index, nomad_api, wait_until
 from tasks.consul import passing_checks
 
 CONFIG = "/etc/nomad.d/nomad.hcl"
 UNIT = "/etc/systemd/system/nomad.service"
 FILES = [CONFIG, UNIT, "/usr/local/bin/nomad"]
+JOIN_S = 4.0  # an election takes 1.5 s on the lab, a registration 0.2 s
 
 
 @deploy("Nomad")
@@ -47,20 +49,53 @@ def roll() -> None:
     """One host at a time for what runs with an older binary or configuration, the leader last."""
     if host.name != rolling.members("workers")[0].name:
         return
-    rolling.wait_until_healthy(
-        name="Wait until Nomad has a leader and its clients are ready",
-        what="Nomad",
-        fault=_not_ready,
-    )
     rolling.roll(name="Restart Nomad where it is stale, one host at a time", service=SERVICE)
+    join(name="Wait until Nomad has a leader and its clients are ready")
+
+
+@operation()
+def join() -> Generator[FunctionCommand]:
+    """Wait until the client on each worker of this run is ready; no change when they are."""
+    if wait_until("", _not_ready, 0) is None:
+        host.noop("all clients are ready")
+        return
+    yield FunctionCommand(_join, (), {})
+
+
+def _join(state: State, host: Host) -> bool:
+    """A client that registers in the 0.1 s between the first election and the leader's keyring is
+    refused, and tries again only after 15 to 30 s (measured; registerRetryIntv in Nomad's client.go).
+    It has never registered, so nothing runs on it and a restart costs nothing: that makes it try now.
+    """
+    early = wait_until("Nomad's clients", _not_ready, JOIN_S, logger.info)
+    if early and not rolling.restart_each(state, host, SERVICE, _never_registered()):
+        return False
+    deadline_s = float(host.data.roll_deadline_s)
+    fault = early and wait_until("Nomad's clients", _not_ready, deadline_s, logger.info)
+    if fault:
+        logger.error(f"{host.print_prefix}Nomad: {fault}; see journalctl -u nomad there")
+    return fault is None
 
 
 def _not_ready() -> str | None:
     """A node counts by its name; a node that is down but not in this run is not waited for."""
-    with nomad_api(host) as api:
-        ready = {node["Name"] for node in api.nodes.get_nodes() if node["Status"] == "ready"}
+    ready = {node["Name"] for node in _nodes() if node["Status"] == "ready"}
     missing = [member.name for member in rolling.members("workers") if member.name not in ready]
     return f"clients not ready: {', '.join(missing)}" if missing else None
+
+
+def _never_registered() -> list[Host]:
+    try:
+        known = {node["Name"] for node in _nodes()}
+    except Unavailable:
+        return []  # no leader yet: every client waits for one
+    return [member for member in rolling.members("workers") if member.name not in known]
+
+
+def _nodes() -> list[dict[str, Any]]:
+    with nomad_api(host) as api:
+        nodes: list[dict[str, Any]] = api.nodes.get_nodes()
+        return nodes
 
 
 def autopilot(member: Host) -> dict[str, Any]:

@@ -105,15 +105,16 @@ def roll(service: Service) -> Generator[FunctionCommand]:
     if not stale:
         host.noop(f"every {service.unit} runs with its current files")
         return
-    yield FunctionCommand(_roll, (service, stale), {})
+    yield FunctionCommand(restart_each, (service, stale), {})
 
 
 def _stale(member: Host, service: Service) -> bool:
     return member.get_fact(UnitState, unit=service.unit, files=service.files) == "stale"
 
 
-def _roll(state: State, host: Host, service: Service, stale: list[Host]) -> bool:
-    waiting = list(stale)
+def restart_each(state: State, host: Host, service: Service, which: list[Host]) -> bool:
+    """One by one, gated, the leader last; False once one has not recovered, with one line that says why."""
+    waiting = list(which)
     while waiting:
         member = min(waiting, key=lambda m: _rank(service, m))  # asked anew: a restart may move the leader
         waiting.remove(member)

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from testinfra.host import Host
+
 import inventory
 from group_data import all as knobs
 from lab import settings
@@ -34,24 +36,28 @@ def names(group: str) -> list[str]:
 
 def write_ssh_config() -> None:
     """One connection per host for all tests, with the keys that pyinfra uses."""
+    text = _ssh_config()
+    # Other threads' ssh may read it at this moment: a file that is right is not written again.
+    if not SSH_CONFIG.exists() or SSH_CONFIG.read_text() != text:
+        SSH_CONFIG.write_text(text)
+
+
+def _ssh_config() -> str:
     if "ssh_config_file" in next(iter(HOSTS.values())):
-        SSH_CONFIG.write_text(f"Include {next(iter(HOSTS.values()))['ssh_config_file']}\n")
-        return
-    SSH_CONFIG.write_text(
-        "".join(
-            f"Host {name}\n"
-            f"  HostName {data['ssh_hostname']}\n"
-            f"  User {data['ssh_user']}\n"
-            f"  IdentityFile {data['ssh_key']}\n"
-            f"  UserKnownHostsFile {data['ssh_known_hosts_file']}\n"
-            "  StrictHostKeyChecking accept-new\n"
-            "  LogLevel ERROR\n"
-            "  ConnectTimeout 5\n"
-            "  ControlMaster auto\n"
-            "  ControlPath /tmp/hashistack-%C\n"
-            "  ControlPersist 60\n"
-            for name, data in HOSTS.items()
-        )
+        return f"Include {next(iter(HOSTS.values()))['ssh_config_file']}\n"
+    return "".join(
+        f"Host {name}\n"
+        f"  HostName {data['ssh_hostname']}\n"
+        f"  User {data['ssh_user']}\n"
+        f"  IdentityFile {data['ssh_key']}\n"
+        f"  UserKnownHostsFile {data['ssh_known_hosts_file']}\n"
+        "  StrictHostKeyChecking accept-new\n"
+        "  LogLevel ERROR\n"
+        "  ConnectTimeout 5\n"
+        "  ControlMaster auto\n"
+        "  ControlPath /tmp/hashistack-%C\n"
+        "  ControlPersist 60\n"
+        for name, data in HOSTS.items()
     )
 
 
@@ -60,6 +66,23 @@ def testinfra(*groups: str) -> list[str]:
     write_ssh_config()
     members = dict.fromkeys(name for group in groups for name in names(group))
     return [f"ssh://{name}?ssh_config={SSH_CONFIG}&sudo=true" for name in members]
+
+
+def name_of(host: Host) -> str:
+    """The inventory's name of testinfra's `host`."""
+    name: str = host.backend.get_hostname()
+    return name
+
+
+def address_of(host: Host) -> str:
+    """The private address of testinfra's `host`."""
+    address: str = HOSTS[name_of(host)]["address"]
+    return address
+
+
+def knob(name: str) -> Any:  # noqa: ANN401
+    """A knob as these hosts have it: what `make up` found out wins over group_data."""
+    return SETTINGS.data.get(name, getattr(knobs, name))
 
 
 def on(host: str, command: str, check: bool = True) -> str:

@@ -266,6 +266,17 @@ def test_unhealthy_version_goes_back_everywhere(workers: list[Worker], how: str,
     assert [len(worker.containers) for worker in workers] == [1] * 3
 
 
+def test_failure_elsewhere_leaves_what_ran_before_this_run(workers: list[Worker]) -> None:
+    """worker-01 runs the new version already and is only out of Consul: it must never end with nothing."""
+    roll(workers[:1], NEW)
+    workers[0].served = False
+    workers[0].write(json.dumps({"services": []}))
+    workers[1].sick.add("0.0.3")
+    assert roll(workers, NEW).fault
+    assert versions(workers) == [["0.0.3"], ["0.0.2"], ["0.0.2"]]
+    assert set(workers[0].catalog.values()) == {"0.0.3"}
+
+
 def test_missing_image_changes_nothing(workers: list[Worker]) -> None:
     outcome = roll(workers, Release("0.0.3", "sha256:missing"))
     assert outcome.fault == "worker-01: docker: manifest unknown"
@@ -331,6 +342,7 @@ def test_docker_restart_takes_the_worker_out_and_back(workers: list[Worker]) -> 
     before = worker.clock.now
     assert containers.pause(worker) is None  # type: ignore[arg-type]
     assert worker.catalog == {} and worker.runs() == ["0.0.2"]
+    assert containers._paused(worker)  # type: ignore[arg-type]
     assert worker.clock.now - before >= worker.data.app_shutdown_delay_s
     assert containers.resume(worker) is None  # type: ignore[arg-type]
     assert containers.outdated(workers, OLD) == []  # type: ignore[arg-type]

@@ -57,10 +57,14 @@ def test_the_configuration_without_servers_is_valid(tmp_path: Path) -> None:
 # -- consul-template, with answers in the shape of Consul's /v1/health/service/<name>
 
 
-def instance(address: str, port: int, *tags: str) -> dict[str, Any]:
-    service = {"ID": f"{address}-{port}-{tags}", "Service": "app", "Address": address, "Port": port}
+def instance(address: str, port: int, version: str = "") -> dict[str, Any]:
+    service = {"ID": f"{address}-{port}-{version}", "Service": "app", "Address": address, "Port": port}
     node = {"Node": address, "Address": address, "Datacenter": "dc1"}
-    return {"Node": node, "Service": {**service, "Tags": list(tags)}, "Checks": []}
+    return {
+        "Node": node,
+        "Service": {**service, "Meta": {"version": version} if version else {}},
+        "Checks": [],
+    }
 
 
 class ConsulAnswer(BaseHTTPRequestHandler):
@@ -135,8 +139,8 @@ def test_each_instance_is_a_server_named_after_its_version(tmp_path: Path, consu
         tmp_path,
         consul_template,
         [
-            instance("10.0.0.12", 20001, "http", "version-0.0.2"),
-            instance("10.0.0.11", 20003, "version-0.0.3-rc.1"),
+            instance("10.0.0.12", 20001, "0.0.2"),
+            instance("10.0.0.11", 20003, "0.0.3-rc.1"),
             instance("10.0.0.13", 20002),
         ],
     )
@@ -157,12 +161,12 @@ def test_no_instance_renders_no_server(tmp_path: Path, consul_template: Path) ->
 
 
 def test_an_address_that_is_registered_twice_is_one_server(tmp_path: Path, consul_template: Path) -> None:
-    twice = [instance("10.0.0.11", 20001, "version-0.0.2"), instance("10.0.0.11", 20001, "version-0.0.3")]
+    twice = [instance("10.0.0.11", 20001, "0.0.2"), instance("10.0.0.11", 20001, "0.0.3")]
     assert len(server_lines(discover(tmp_path, consul_template, twice))) == 1
 
 
-def test_a_tag_cannot_write_configuration(tmp_path: Path, consul_template: Path) -> None:
-    evil = instance("10.0.0.11", 20001, "version-1\n    server evil 10.0.0.66:80")
+def test_a_version_cannot_write_configuration(tmp_path: Path, consul_template: Path) -> None:
+    evil = instance("10.0.0.11", 20001, "1\n    server evil 10.0.0.66:80")
     assert "evil" not in discover(tmp_path, consul_template, [evil])
 
 

@@ -221,3 +221,9 @@ def test_a_write_that_fails_leaves_the_live_file(proxy: Proxy) -> None:
     assert result.returncode == 1
     assert proxy.live.read_text() == proxy.config(servers=2)
     assert proxy.calls("reload") == 0
+
+
+def test_a_live_file_that_was_removed_is_replaced(proxy: Proxy) -> None:
+    proxy.live.unlink()
+    assert proxy.apply(proxy.config(servers=2)).returncode == 0
+    assert proxy.live.read_text() == proxy.config(servers=2)

@@ -1,8 +1,15 @@
 """The lab's shape on the @fake connector (see world.py)."""
 
+from typing import Any
+
 from tests.unit.fake import world
 
-workers = [f"@fake/worker-{n:02d}" for n in range(1, world.load().get("workers", 3) + 1)]
+
+def _host(name: str, address: str) -> tuple[str, dict[str, Any]]:
+    return f"@fake/{name}", {"address": address}
+
+
+workers = [_host(f"worker-{n:02d}", f"192.168.56.{10 + n}") for n in range(1, world.load().get("workers", 3) + 1)]
 servers = workers[: world.load().get("servers", 3)]
 builder = workers[2:3]
-proxies = ["@fake/proxy-01", *world.load().get("more proxies", [])]
+proxies = [_host("proxy-01", "192.168.56.21"), *world.load().get("unreachable", [])]

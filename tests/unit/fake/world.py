@@ -40,19 +40,25 @@ def run_shell_command(connector: FakeConnector, command: object, **arguments: An
     """In place of the connector's own, whose answers cannot depend on what happened before."""
     name, line, world = short(connector.host), str(command), load()
     sudo = "sudo" if arguments.get("_sudo") else "user"
-    if "is-active" in line:
+    if "is-enabled" in line:
         note("asked", connector.host, sudo)
         return _answer(world["state"].get(name, "fresh"))
     if "systemctl restart" in line:
         note("restart", connector.host, sudo)
         return _restart(world, name)
-    if "os-release" in line:
-        return _answer(*world.get("os-release", OS_RELEASE))
+    known = {**DEBIAN, **world.get("answers", {}).get(name, {})}
+    for part, lines in known.items():
+        if part in line:
+            return _answer(*lines)
     note("shell", connector.host, line)
     return _answer(success=name not in world.get(f"fails: {line}", []))
 
 
-OS_RELEASE = ["---/etc/os-release---", "ID=debian", 'VERSION_ID="12"', 'PRETTY_NAME="Debian GNU/Linux 12"']
+DEBIAN = {
+    "-release": ["/etc/os-release", "ID=debian", 'VERSION_ID="12"', 'PRETTY_NAME="Debian GNU/Linux 12"', "---"],
+    "uname -m": ["x86_64"],
+    "for tool in": [f"{tool} present 1.0.0" for tool in ("consul", "nomad", "consul-template")],
+}
 
 
 def _restart(world: dict[str, Any], name: str) -> tuple[bool, CommandOutput]:
