@@ -28,4 +28,5 @@ lint: .venv/made-from ## ruff, mypy, shellcheck
 unit: .venv/made-from ## Tests that need no hosts
 	$(VENV)/pytest
 
-test: lint unit ## All that can be checked
+test: lint unit ## All that can be checked: linters, unit tests, and the lab with each scheduler
+	python3 -m lab.test

@@ -68,11 +68,9 @@ def _gate(member: Host) -> str | None:
     """Another worker must be there to serve meanwhile."""
     if member.data.accept_outage:
         return None
-    if member.data.scheduler == "nomad":
-        others = _eligible_nodes(member)
-    else:
-        others = _serving_nodes(member) or {"nothing runs yet"}
-    return None if others - {member.name} else "no other worker can serve meanwhile"
+    if member.data.scheduler == "docker":
+        return containers.spare(member)
+    return None if _eligible_nodes(member) - {member.name} else "no other worker can serve meanwhile"
 
 
 def _eligible_nodes(member: Host) -> set[str]:
@@ -82,12 +80,6 @@ def _eligible_nodes(member: Host) -> set[str]:
             for n in api.nodes.get_nodes()
             if n["Status"] == "ready" and n["SchedulingEligibility"] == "eligible"
         }
-
-
-def _serving_nodes(member: Host) -> set[str]:
-    with cluster.consul_api(member) as api:
-        entries = api.health.service(member.data.app_name, passing=True)[1]
-        return {entry["Node"]["Node"] for entry in entries}
 
 
 def _restart(member: Host, unit: str) -> str | None:

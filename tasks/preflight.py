@@ -70,7 +70,7 @@ class RunningScheduler(FactBase[str]):
 def scheduler_change() -> list[str]:
     """A line if this worker's app is run by the other scheduler: that would be an outage."""
     running = host.get_fact(RunningScheduler)
-    if running in ("", host.data.scheduler):
+    if not running or running == host.data.scheduler:  # None: pyinfra's answer for no output
         return []
     return [
         f"{host.name}: {running} runs its app, scheduler={host.data.scheduler} would cut it off;"

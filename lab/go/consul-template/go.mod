@@ -1,4 +1,4 @@
-module x
+module pyinfra-hashistack/lab/go/consul-template
 
 go 1.26.4
 
