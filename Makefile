@@ -6,14 +6,16 @@ VENV = .venv/bin
 
 help: ## Show this
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
+	@echo 'Settings of make up, remembered until make down, and their defaults:'
+	@echo '  WORKERS=3 PROXIES=1 PROVIDER=docker HTTP_PORT=8080 NETWORK=192.168.56 SCHEDULER=nomad'
 
-up: ## Bare machine -> hosts, stack, app [WORKERS=3 PROXIES=1 PROVIDER=docker HTTP_PORT=8080 SCHEDULER=nomad]
+up: ## From a bare machine to the app at http://localhost:8080; does only what is missing
 	python3 -m lab.up
 
 down: ## Remove the hosts, their networks and volumes
 	python3 -m lab.down
 
-clean: ## And the images, and what was downloaded or built
+clean: ## That, and the images, .venv, and what was downloaded or built
 	python3 -m lab.down --clean
 
 .venv/made-from: requirements.txt requirements-dev.txt

@@ -41,10 +41,10 @@ def _host(name: str, address: str) -> tuple[str, dict[str, Any]]:
     return name, {"address": address, **ssh, **_lab.data}
 
 
-workers = [_host(f"worker-{n:02d}", f"192.168.56.{10 + n}") for n in range(1, _lab.workers + 1)]
+workers = [_host(f"worker-{n:02d}", f"{_lab.network}.{10 + n}") for n in range(1, _lab.workers + 1)]
 servers = workers[: 5 if _lab.workers >= 5 else 3]
 builder = workers[2:3]
-proxies = [_host(f"proxy-{n:02d}", f"192.168.56.{20 + n}") for n in range(1, _lab.proxies + 1)]
+proxies = [_host(f"proxy-{n:02d}", f"{_lab.network}.{20 + n}") for n in range(1, _lab.proxies + 1)]
 
 if __name__ == "__main__":  # the Vagrantfile reads this
     print(json.dumps({name: data["address"] for name, data in workers + proxies}))

@@ -10,6 +10,7 @@ from tasks import app, distribute, preflight, rolling, serving
 
 version = app.wanted_version()
 preflight.check_hosts()
+distribute.notice_loss()
 if host.name == rolling.members("workers")[0].name:
     app.check(version)
 

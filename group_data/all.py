@@ -21,7 +21,7 @@ nomad_version = "2.0.5"
 roll_deadline_s = 180
 
 # base
-base_packages = ["ca-certificates", "dnsmasq-base", "systemd-timesyncd", "unzip"]
+base_packages = ["ca-certificates", "dnsmasq-base", "systemd-timesyncd"]
 base_sysctl = {
     "net.core.somaxconn": 4096,  # HAProxy's listen backlog
 }

@@ -17,6 +17,15 @@ PATH = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"
 ENV = {"PATH": PATH, "PYINFRA_YES": "1", "VAGRANT_CHECKPOINT_DISABLE": "1"}
 
 
+class Failed(LabError):
+    """A command failed; the error is the last line of what it complains about."""
+
+    def __init__(self, argv: tuple[str, ...], output: str) -> None:
+        lines = output.strip().splitlines() or ["no message"]
+        super().__init__(f"`{shlex.join(argv)}` failed: {lines[-1]}")
+        self.output = output
+
+
 def run(*argv: str, env: dict[str, str] | None = None) -> None:
     """Run in the project's folder, output to the terminal. Raises LabError."""
     try:
@@ -27,6 +36,15 @@ def run(*argv: str, env: dict[str, str] | None = None) -> None:
         raise LabError(f"`{shlex.join(argv)}` failed with exit code {status}: see above")
 
 
+def quietly(*argv: str) -> None:
+    """Run in the project's folder; its output is shown only if it fails. Raises LabError."""
+    try:
+        output(*argv)
+    except Failed as error:
+        print(error.output, flush=True)
+        raise LabError(f"`{shlex.join(argv)}` failed: see above") from None
+
+
 def output(*argv: str) -> str:
     """What the command prints. Raises LabError with the last line of what it complains about."""
     try:
@@ -34,8 +52,7 @@ def output(*argv: str) -> str:
     except FileNotFoundError:
         raise LabError(f"{argv[0]} is missing: install it, and run again") from None
     if done.returncode:
-        complaint = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-        raise LabError(f"`{shlex.join(argv)}` failed: {complaint[-1]}")
+        raise Failed(argv, done.stdout + done.stderr)
     return done.stdout
 
 

@@ -27,7 +27,7 @@ def down() -> None:
         if controller.engine_answers():
             # Without this, Vagrant would wait for each system to shut down in order.
             hosts.remove([c for c in hosts.containers() if c.folder == str(ROOT)])
-            hosts.remove_network()
+            hosts.remove_network(settings.load().network)
         if made:
             run("vagrant", "destroy", "--force")
     shutil.rmtree(hosts.VAGRANT / "machines", ignore_errors=True)
@@ -39,13 +39,22 @@ def clean() -> None:
     """Remove also the images, what is in the cache by our doing, and .venv."""
     with stage("Remove what was downloaded and built"):
         if controller.engine_answers():
-            images = output("docker", "images", "--quiet", "--filter=reference=hashistack/*").split()
-            if images:
-                run("docker", "rmi", "--force", *dict.fromkeys(images))
+            remove_images()
             controller.stop_own_engine()
         empty_cache(mirror.cache_dir())
         for name in TRACES:
             shutil.rmtree(ROOT / name, ignore_errors=True)
+
+
+def remove_images() -> None:
+    """Remove our images, unless the hosts of another checkout came from them."""
+    folders = {container.folder for container in hosts.containers()}
+    if folders:
+        print(f"    the images stay: the lab of {', '.join(sorted(folders))} uses them", flush=True)
+        return
+    images = output("docker", "images", "--quiet", "--filter=reference=hashistack/*").split()
+    if images:
+        run("docker", "rmi", "--force", *dict.fromkeys(images))
 
 
 def empty_cache(cache: Path) -> None:

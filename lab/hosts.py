@@ -9,16 +9,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab.command import output, run, succeeds
+from lab.command import output, quietly, run, succeeds
 from lab.images import apt_sources, pull
-from lab.settings import ROOT, LabError
+from lab.settings import NETWORKS, ROOT, LabError
 
 RELEASE = "bookworm"
 PUBLIC_IMAGE = "debian:12"
 BASE_IMAGE = "hashistack/debian:12"
 HOST_IMAGE = "hashistack/host:12"
 LABEL = "hashistack.lab"  # on each host container: the folder whose `make up` made it
-NETWORK = "vagrant_network_192.168.56.0/24"
 VAGRANT = ROOT / ".vagrant"
 KNOWN_HOSTS = VAGRANT / "known_hosts"
 SSH_CONFIG = VAGRANT / "ssh-config"
@@ -32,6 +31,7 @@ class Container:
     name: str
     folder: str
     running: bool
+    networks: tuple[str, ...]
 
 
 def make_image(arch: str) -> None:
@@ -39,8 +39,8 @@ def make_image(arch: str) -> None:
     if not succeeds("docker", "image", "inspect", BASE_IMAGE):
         _make_base(arch)
     # Docker's cache makes this quick when nothing changed.
-    run(
-        *("docker", "build", "--quiet", f"--build-arg=BASE={BASE_IMAGE}", f"--tag={HOST_IMAGE}"),
+    quietly(
+        *("docker", "build", f"--build-arg=BASE={BASE_IMAGE}", f"--tag={HOST_IMAGE}"),
         str(ROOT / "lab" / "host-image"),
     )
 
@@ -65,10 +65,18 @@ def _make_base(arch: str) -> None:
 
 def containers() -> list[Container]:
     """All lab hosts that Docker has, of every checkout."""
-    line = '{{.ID}}\t{{.Names}}\t{{.Label "' + LABEL + '"}}\t{{.State}}'
+    line = '{{.ID}}\t{{.Names}}\t{{.Label "' + LABEL + '"}}\t{{.State}}\t{{.Networks}}'
     found = output("docker", "ps", "--all", "--no-trunc", f"--filter=label={LABEL}", f"--format={line}")
     rows = [row.split("\t") for row in found.splitlines()]
-    return [Container(id_, name, folder, state == "running") for id_, name, folder, state in rows]
+    return [
+        Container(id_, name, folder, state == "running", tuple(networks.split(",")))
+        for id_, name, folder, state, networks in rows
+    ]
+
+
+def network_name(network: str) -> str:
+    """Vagrant's name, in Docker, for the network of the private addresses `network`.1 to .254."""
+    return f"vagrant_network_{network}.0/24"
 
 
 def known_ids() -> set[str]:
@@ -76,10 +84,10 @@ def known_ids() -> set[str]:
     return {file.read_text().strip() for file in VAGRANT.glob("machines/*/*/id")}
 
 
-def leftovers(found: list[Container], ours: set[str]) -> list[Container]:
+def leftovers(found: list[Container], ours: set[str], network: str) -> list[Container]:
     """The containers that no folder answers for: it is gone, or it is ours and Vagrant lost its notes.
 
-    Raises LabError if another checkout's lab runs. One that stopped is not in the way: it stays.
+    Raises LabError if another checkout's lab runs at our addresses. One that stopped is not in the way.
     """
     lost = []
     for container in found:
@@ -87,10 +95,11 @@ def leftovers(found: list[Container], ours: set[str]) -> list[Container]:
             continue
         if container.folder == str(ROOT) or not Path(container.folder).exists():
             lost.append(container)
-        elif container.running:
+        elif container.running and network_name(network) in container.networks:
             raise LabError(
                 f"the lab of {container.folder} is running at the same addresses: "
-                f"`make -C {container.folder} down` first"
+                f"`make -C {container.folder} down` first, or choose another NETWORK: "
+                f"{NETWORKS[0]} to {NETWORKS[-1]}"
             )
     return lost
 
@@ -101,10 +110,12 @@ def remove(found: list[Container]) -> None:
         run("docker", "rm", "--force", "--volumes", container.id)
 
 
-def remove_network() -> None:
+def remove_network(network: str) -> None:
     """Remove the private network, unless another checkout's hosts belong to it, even stopped ones."""
-    if not containers() and succeeds("docker", "network", "inspect", NETWORK):
-        run("docker", "network", "rm", NETWORK)
+    name = network_name(network)
+    members = [c for c in containers() if name in c.networks]
+    if not members and succeeds("docker", "network", "inspect", name):
+        run("docker", "network", "rm", name)
 
 
 def proxy_runs(provider: str) -> bool:
@@ -122,11 +133,28 @@ def addresses() -> dict[str, str]:
 
 
 def answers(address: str, port: int = 22, timeout_s: float = 0.5) -> bool:
+    """Something listens there, on a network that this machine is on itself.
+
+    Beyond the gateway any address may seem to answer, and none is ours to knock at.
+    """
+    if not on_our_network(address):
+        return False
     try:
         socket.create_connection((address, port), timeout_s).close()
     except OSError:
         return False
     return True
+
+
+def on_our_network(address: str) -> bool:
+    """This machine has an address in the same /24. To connect a UDP socket sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))
+        except OSError:
+            return False
+        own = str(probe.getsockname()[0])
+    return own.rpartition(".")[0] == address.rpartition(".")[0]
 
 
 def missing(provider: str) -> dict[str, str]:

@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / ".lab.json"
 PROVIDERS = ("docker", "virtualbox", "libvirt")
 SCHEDULERS = ("nomad", "docker")
+# All that VirtualBox allows for host-only networks: 192.168.56.0/21.
+NETWORKS = tuple(f"192.168.{n}" for n in range(56, 64))
 # What make up finds out for new hosts: kept only as long as these hosts live.
 FOUND_OUT = ("scheduler", "consul_version")
 
@@ -22,12 +24,17 @@ class LabError(Exception):
 
 @dataclass
 class Settings:
-    """The lab's shape. `data` is pyinfra host data (scheduler, versions): it wins over group_data."""
+    """The lab's shape.
+
+    network: the first three numbers of the hosts' private addresses. data: pyinfra host data (scheduler,
+    versions); it wins over group_data.
+    """
 
     workers: int = 3
     proxies: int = 1
     provider: str = "docker"
     http_port: int = 8080
+    network: str = NETWORKS[0]
     data: dict[str, Any] = field(default_factory=dict)
 
     def save(self) -> None:
@@ -42,14 +49,15 @@ def load() -> Settings:
 def choose(known: Settings, asked: Mapping[str, str], hosts_exist: bool) -> Settings:
     """The settings for this `make up`: what was remembered, and what `asked` changes.
 
-    asked: WORKERS, PROXIES, PROVIDER, HTTP_PORT, SCHEDULER, as `make up NAME=value` gives them. A lab
-    whose hosts exist can only grow. Raises LabError.
+    asked: WORKERS, PROXIES, PROVIDER, HTTP_PORT, NETWORK, SCHEDULER, as `make up NAME=value` gives them.
+    A lab whose hosts exist can only grow. Raises LabError.
     """
     new = Settings(
         workers=_number(asked, "WORKERS", known.workers, 3, 10),
         proxies=_number(asked, "PROXIES", known.proxies, 1, 2),
         provider=_one_of(asked, "PROVIDER", known.provider, PROVIDERS),
         http_port=_number(asked, "HTTP_PORT", known.http_port, 1, 65535),
+        network=_one_of(asked, "NETWORK", known.network, NETWORKS),
         data={key: value for key, value in known.data.items() if hosts_exist or key not in FOUND_OUT},
     )
     scheduler = _one_of(asked, "SCHEDULER", new.data.get("scheduler", ""), SCHEDULERS)
@@ -67,7 +75,7 @@ def _refuse_to_change(known: Settings, new: Settings) -> None:
             raise LabError(
                 f"{name.upper()}={want}: the lab has {have} and is never shrunk; `make down` first"
             )
-    for name in ("provider", "http_port"):
+    for name in ("provider", "http_port", "network"):
         have, want = getattr(known, name), getattr(new, name)
         if want != have:
             raise LabError(f"{name.upper()}={want}: the hosts were made with {have}; `make down` first")

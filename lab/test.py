@@ -12,13 +12,13 @@ import sys
 
 from lab import controller, hosts, settings, up
 from lab.command import stage
-from lab.settings import ROOT, LabError
+from lab.settings import ROOT, LabError, Settings
 from tasks import mirror
 
 
 def main() -> None:
-    schedulers = available()
-    results = {scheduler: test(scheduler) for scheduler in schedulers}
+    shape = settings.choose(settings.load(), os.environ, bool(hosts.known_ids()))
+    results = {scheduler: test(scheduler, shape) for scheduler in available()}
     for scheduler, code in results.items():
         print(f"lab tests, {scheduler} scheduler: {'failed' if code else 'passed'}")
     sys.exit(any(results.values()))
@@ -37,11 +37,12 @@ def available() -> list[str]:
     return sorted(settings.SCHEDULERS, key=lambda scheduler: scheduler != running)
 
 
-def test(scheduler: str) -> int:
-    """The exit code of pytest against a lab with this scheduler."""
+def test(scheduler: str, shape: Settings) -> int:
+    """The exit code of pytest against a lab of this shape with this scheduler."""
     if hosts.known_ids() and settings.load().data.get("scheduler") != scheduler:
         make("down")
-    make("up", f"SCHEDULER={scheduler}")
+    names = ("workers", "proxies", "provider", "http_port", "network")
+    make("up", f"SCHEDULER={scheduler}", *(f"{name.upper()}={getattr(shape, name)}" for name in names))
     with stage(f"Lab tests with scheduler={scheduler}"):
         pytest = [str(controller.VENV / "bin" / "pytest"), "tests/lab", "--durations=10"]
         return subprocess.run(pytest, cwd=ROOT, env=os.environ | {"PYINFRA_YES": "1"}).returncode

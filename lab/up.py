@@ -1,6 +1,6 @@
 """make up: from a bare machine to the app answering. Does only what is missing.
 
-    make up [WORKERS=3] [PROXIES=1] [PROVIDER=docker] [HTTP_PORT=8080] [SCHEDULER=nomad]
+    make up [WORKERS=3] [PROXIES=1] [PROVIDER=docker] [HTTP_PORT=8080] [NETWORK=192.168.56] [SCHEDULER=nomad]
 
 The choices are remembered in .lab.json. Uses Python's standard library alone: it makes .venv itself.
 """
@@ -30,9 +30,10 @@ def main() -> None:
     hosts_exist = bool(hosts.known_ids())
     lab = settings.choose(settings.load(), os.environ, hosts_exist)
     check(lab, hosts_exist)
+    lab.save()  # an interrupted run goes on with the shape that was asked for
     prepare_controller()
     with stage("Look for what an earlier lab left"):
-        sweep()
+        sweep(lab.network)
     with stage("Host image (Debian 12, systemd, sshd)"):
         if lab.provider == "docker":
             hosts.make_image(arch())
@@ -95,8 +96,8 @@ def prepare_controller() -> None:
             controller.start_engine()
 
 
-def sweep() -> None:
-    lost = hosts.leftovers(hosts.containers(), hosts.known_ids())
+def sweep(network: str) -> None:
+    lost = hosts.leftovers(hosts.containers(), hosts.known_ids(), network)
     for container in lost:
         print(f"    removing {container.name}, left by the lab in {container.folder}", flush=True)
     hosts.remove(lost)

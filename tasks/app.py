@@ -30,17 +30,17 @@ def check(version: str) -> None:
             distribute.digest(member, version)
         except cluster.Unavailable as error:
             raise DeployError(
-                f"{member.name}: its registry does not answer ({error}); run deploy.py,"
-                f" or go on without: --exclude {member.name}"
+                f"{member.name}: its registry does not answer ({distribute.said(error)});"
+                f" run deploy.py, or go on without: --exclude {member.name}"
             ) from None
-    fault = distribute.disagreement(version)
+    found = distribute.digests(version)
+    fault = distribute.disagreement(found)
     if fault:
-        raise DeployError(f"{fault}; delete the wrong one from its registry")
-    origin = distribute.origin(version)
-    if origin is None:
-        _check_builder(version)
+        raise DeployError(f"{version}: {fault}; delete the wrong one")
+    if found:
+        _check_source(version, distribute.source(next(iter(found)), version))
     else:
-        _check_source(version, distribute.source(origin, version))
+        _check_builder(version)
     if host.data.scheduler == "nomad":
         nomad_job.check(version)
 
@@ -59,7 +59,8 @@ def _check_source(version: str, built_from: str) -> None:
     try:
         running = version in serving.running_versions()
     except cluster.Unavailable as error:
-        raise DeployError(f"{host.name}: Consul does not answer ({error}); see status.py") from None
+        reason = distribute.said(error)
+        raise DeployError(f"{host.name}: Consul does not answer ({reason}); run deploy.py") from None
     if running:
         raise DeployError(
             f"{version}: runs already and {host.data.app_folder}/ has changed since it was built;"
@@ -86,9 +87,20 @@ def roll(version: str) -> Generator[FunctionCommand]:
 def _settled(version: str) -> bool:
     if host.data.scheduler == "nomad":
         return nomad_job.settled(version)
-    wanted = distribute.digest(host, version)
-    release = containers.Release(version, wanted or "")
-    return bool(wanted) and not containers.outdated(rolling.members("workers"), release)
+    try:
+        return not _outdated(version)[1]
+    except _FAULTS:
+        return False  # what is wrong is said when the release itself meets it
+
+
+def _outdated(version: str) -> tuple[containers.Release, list[Host]]:
+    """Docker scheduler: what every worker shall run, and the workers that do not."""
+    digest = next(iter(distribute.digests(version).values()), "")
+    release = containers.Release(version, digest)
+    return release, containers.outdated(rolling.members("workers"), release)
+
+
+_FAULTS = (containers.Failed, containers.Lost, *cluster.Unavailable)
 
 
 def _roll(state: State, host: Host, version: str) -> bool:
@@ -99,11 +111,10 @@ def _roll(state: State, host: Host, version: str) -> bool:
         if host.data.scheduler == "nomad":
             fault = nomad_job.release(version, say)
         else:
-            release = containers.Release(version, distribute.digest(host, version) or "")
-            workers = containers.outdated(rolling.members("workers"), release)
+            release, workers = _outdated(version)
             fault = containers.roll(workers, release).fault
-    except (containers.Failed, containers.Lost, *cluster.Unavailable) as error:
-        fault = f"{nomad_job.said(error)}; run the same again to go on"
+    except _FAULTS as error:
+        fault = f"{distribute.said(error)}; run the same again to go on"
     if fault:
         logger.error(f"{host.print_prefix}{version}: {fault}")
     return not fault
@@ -120,7 +131,6 @@ def see_it_answers(version: str) -> Generator[FunctionCommand]:
 
 def _lost(state: State, host: Host, version: str) -> bool:
     logger.error(
-        f"{host.print_prefix}lost on the way; {version} serves from the others."
-        " Repair it and release again"
+        f"{host.print_prefix}lost on the way; {version} serves from the others. Repair it and release again"
     )
     return False

@@ -36,6 +36,8 @@ class File:
 class Found(FactBase[dict[str, str]]):
     """Path -> "mode user:group sha256" of those files that exist."""
 
+    default = dict  # none of them: no output
+
     def command(self, paths: list[str]) -> str:
         return (
             f"for f in {shlex.join(paths)}; do"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 from pyinfra import host, inventory
-from pyinfra.api import deploy
+from pyinfra.api import FunctionCommand, deploy, operation
 from pyinfra.api.host import Host
+from pyinfra.api.state import State
 
 from tasks import artifact, config, rolling
-from tasks.cluster import Unavailable, autopilot_fault, behind, consul_api, leader_index
+from tasks.cluster import Unavailable, autopilot_fault, behind, consul_api, leader_index, wait_until
 
 CONFIG = "/etc/consul.d/consul.hcl"
 UNIT = "/etc/systemd/system/consul.service"
@@ -51,6 +52,32 @@ def roll() -> None:
     rolling.wait_until_healthy(
         name="Wait until Consul has a leader", what="a Consul leader", fault=_leaderless
     )
+    set_min_quorum(
+        name="Let autopilot keep as many servers as there are", count=len(inventory.get_group("servers"))
+    )
+
+
+@operation()
+def set_min_quorum(count: int) -> Generator[FunctionCommand]:
+    """The configuration file's value is read at the first election only; later ones go by the API."""
+    if wait_until("", lambda: _other_min_quorum(count), 0) is None:
+        host.noop(f"autopilot keeps {count} servers")
+        return
+    yield FunctionCommand(_set_min_quorum, (count,), {})
+
+
+def _other_min_quorum(count: int) -> str | None:
+    with consul_api(host) as api:
+        return None if api.operator.autopilot.configuration()["MinQuorum"] == count else "another"
+
+
+def _set_min_quorum(state: State, host: Host, count: int) -> bool:
+    with consul_api(host) as api:
+        # ModifyIndex guards against another writer: cas is the index that we read.
+        settings = api.operator.autopilot.configuration()
+        index = settings.pop("ModifyIndex")
+        settings.pop("CreateIndex")
+        return bool(api.operator.autopilot.update(settings | {"MinQuorum": count}, cas=index))
 
 
 def _leaderless() -> str | None:
@@ -80,8 +107,11 @@ def _sick(member: Host) -> bool:
 
 
 def _rank(member: Host) -> int:
+    """Clients come after the leader: a newer client may not talk to older servers (since 1.19)."""
     if _sick(member):
         return 0
+    if not _is_server(member):
+        return 3
     with consul_api(member) as api:
         return 2 if api.status.leader().startswith(f"{member.data.address}:") else 1
 

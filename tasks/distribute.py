@@ -6,7 +6,9 @@ never built again. Registries are read from the controller, through SSH.
 
 from __future__ import annotations
 
+import re
 import shlex
+import socket
 from collections.abc import Generator
 from io import BytesIO
 from pathlib import Path
@@ -23,13 +25,29 @@ from tasks import cluster, image, rolling
 from tasks.registry import DEBIAN_ARCH
 
 _MANIFEST = "application/vnd.docker.distribution.manifest.v2+json, application/vnd.oci.image.manifest.v1+json"
+_LOST_S = 15
+
+
+def notice_loss() -> None:
+    """Make the connection to this host end soon after the host has vanished.
+
+    TCP itself would wait for an answer for a quarter of an hour.
+    """
+    client = getattr(host.connector, "client", None)
+    transport = client and client.get_transport()
+    if transport and isinstance(transport.sock, socket.socket) and hasattr(socket, "TCP_USER_TIMEOUT"):
+        transport.set_keepalive(_LOST_S // 3)
+        transport.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _LOST_S * 1000)
+
+
+# What the registries hold
 
 
 def _get(member: Host, path: str) -> requests.Response | None:
     """What the registry on `member` has at /v2/<app>/<path>; None for nothing, else Unavailable."""
-    with cluster.forward(member, member.data.registry_port) as port:
+    with cluster.forward(member, member.data.registry_port) as port, cluster._session() as http:
         url = f"http://127.0.0.1:{port}/v2/{member.data.app_name}/{path}"
-        answer = requests.get(url, headers={"Accept": _MANIFEST}, timeout=cluster.TIMEOUT_S)
+        answer = http.get(url, headers={"Accept": _MANIFEST}, timeout=cluster.TIMEOUT_S)
     if answer.status_code == 404:
         return None
     answer.raise_for_status()
@@ -43,47 +61,66 @@ def digest(member: Host, version: str) -> str | None:
 
 
 def source(member: Host, version: str) -> str:
-    """The hash of the folder that the released image was built from."""
+    """The hash of the folder that the image was built from; "" if it does not say."""
     manifest = _get(member, f"manifests/{version}")
     config = manifest and _get(member, f"blobs/{manifest.json()['config']['digest']}")
     labels: dict[str, str] = config.json()["config"].get("Labels") or {} if config else {}
     return labels.get("hashistack.source", "")
 
 
-def digests(version: str) -> dict[Host, str | None]:
-    """Worker of this run -> what its registry holds of `version`."""
-    return {member: digest(member, version) for member in rolling.members("workers")}
+def was_released(version: str) -> bool:
+    """Some registry of this run holds it. One that does not answer may: that raises Unavailable."""
+    return any([digest(member, version) for member in rolling.members("workers")])
 
 
-def origin(version: str) -> Host | None:
-    """A worker of this run whose registry holds `version`, or None if it was never released."""
-    return next((m for m in rolling.members("workers") if digest(m, version)), None)
+def digests(version: str) -> dict[Host, str]:
+    """The workers whose registry holds `version`, and its digest there; silent ones are left out."""
+    found = {}
+    for member in rolling.members("workers"):
+        try:
+            held = digest(member, version)
+        except cluster.Unavailable:
+            continue
+        if held:
+            found[member] = held
+    return found
 
 
-def reference(member: Host, version: str) -> str | None:
-    """The image of `version` by digest, as the Docker on `member` knows it; None if not in its registry."""
-    found = digest(member, version)
-    return f"{_repository(member)}@{found}" if found else None
-
-
-def disagreement(version: str) -> str | None:
-    """Registries hold the same image of a version or none: anything else needs a person."""
-    found = {member.name: value for member, value in digests(version).items() if value}
+def disagreement(found: dict[Host, str]) -> str | None:
+    """Registries hold the same image of a version: anything else needs a person."""
     if len(set(found.values())) < 2:
         return None
-    return f"the registries hold different images of {version}: " + ", ".join(
-        f"{name} {value[:19]}" for name, value in sorted(found.items())
+    return "the registries hold different images of one version: " + ", ".join(
+        f"{member.name} {held[:19]}" for member, held in found.items()
     )
 
 
-def _repository(member: Host) -> str:
-    return f"127.0.0.1:{member.data.registry_port}/{member.data.app_name}"
+def said(error: Exception) -> str:
+    """An error in a few words: the server's own, or the system's, without those of the libraries."""
+    answer = getattr(error, "nomad_resp", error)
+    text = getattr(answer, "text", None) or str(answer) or type(error).__name__
+    reason = re.search(r"\[Errno \d+\] ([\w ]+)|(Connection (?:aborted|reset)|timed out)", text)
+    return (reason[1] or reason[2]).lower() if reason else " ".join(text.split())
+
+
+# Build, copy, pull
+
+
+def run(member: Host, command: str) -> str | None:
+    """Run `command` on `member` as root; the last line of its errors if it fails."""
+    try:
+        ok, output = member.run_shell_command(command, _sudo=True)
+    except (EOFError, *cluster.Unavailable) as error:
+        return f"{member.name} does not answer ({said(error)})"
+    if ok:
+        return None
+    return (output.stderr_lines or output.stdout_lines or ["no message"])[-1].strip()
 
 
 @operation()
 def build(version: str) -> Generator[FunctionCommand]:
     """Build the image on this host and push it to its registry, unless `version` was released."""
-    if origin(version):
+    if digests(version):
         host.noop(f"{version} was released before: its image is used")
         return
     yield FunctionCommand(_build, (version,), {})
@@ -94,15 +131,15 @@ def _build(state: State, host: Host, version: str) -> bool:
     tar = f"/var/tmp/{host.data.app_name}-{version}.tar"
     tag = f"{_repository(host)}:{version}"
     try:
+        if was_released(version):
+            return True
         context = image.build_context(folder, DEBIAN_ARCH[host.get_fact(Arch)])
         logger.info(f"{host.print_prefix}building {tag}")
         host.put_file(BytesIO(context), tar, _sudo=True)
-        command = build_command(
-            host.data.app_base_image, tag, version, image.source_hash(folder), tar
-        )
+        command = build_command(host.data.app_base_image, tag, version, image.source_hash(folder), tar)
         fault = run(host, command) or run(host, f"docker push -q {tag}")
     except (image.ImageError, *cluster.Unavailable) as error:
-        fault = str(error)
+        fault = said(error)
     if fault:
         logger.error(f"{host.print_prefix}{version} is not built: {fault}. Nothing was released.")
     return not fault
@@ -117,41 +154,16 @@ def build_command(base: str, tag: str, version: str, source: str, tar: str) -> s
     return f"trap 'rm -f {tar}' EXIT; docker build -q -t {tag} {' '.join(words)} - < {tar}"
 
 
-def run(member: Host, command: str) -> str | None:
-    """Run `command` on `member` as root; the last line of its errors if it fails."""
-    try:
-        ok, output = member.run_shell_command(command, _sudo=True)
-    except cluster.Unavailable as error:
-        return f"{member.name} does not answer ({error or type(error).__name__})"
-    if ok:
-        return None
-    return (output.stderr_lines or output.stdout_lines or ["no message"])[-1].strip()
+def _repository(member: Host) -> str:
+    return f"127.0.0.1:{member.data.registry_port}/{member.data.app_name}"
 
 
 @operation()
 def go_on_without_the_lost() -> Generator[str]:
-    """A worker that fails from here on leaves the run and the others go on; the exit code is still 1."""
+    """A worker that is lost from here on leaves the run and the others go on; the exit code is still 1."""
     state.config.FAIL_PERCENT = None
     host.noop("the others go on")
     yield from ()
-
-
-@operation()
-def copy(version: str) -> Generator[FunctionCommand]:
-    """Bring the image from a registry that holds it to this worker's own; the digest stays the same."""
-    if digest(host, version):
-        host.noop(f"the registry holds {version}")
-        return
-    yield FunctionCommand(_copy, (version,), {})
-
-
-def _copy(state: State, host: Host, version: str) -> bool:
-    try:
-        member = origin(version)
-        fault = run(member, copy_command(host, version)) if member else "no registry holds it"
-    except cluster.Unavailable as error:
-        fault = str(error)
-    return not fault or _left_behind(state, host, f"{version} is not in its registry: {fault}")
 
 
 def _left_behind(state: State, host: Host, fault: str) -> bool:
@@ -161,6 +173,23 @@ def _left_behind(state: State, host: Host, fault: str) -> bool:
         state.config.FAIL_PERCENT = 0
     logger.error(f"{host.print_prefix}{fault}; {'it is lost' if lost else 'nothing was released'}")
     return False
+
+
+@operation()
+def copy(version: str) -> Generator[FunctionCommand]:
+    """Bring the image from a registry that holds it to this worker's own; the digest stays the same."""
+    if host in digests(version):
+        host.noop(f"the registry holds {version}")
+        return
+    yield FunctionCommand(_copy, (version,), {})
+
+
+def _copy(state: State, host: Host, version: str) -> bool:
+    holders = digests(version)
+    if host in holders:
+        return True  # a silent registry looked empty
+    fault = run(next(iter(holders)), copy_command(host, version)) if holders else "no registry holds it"
+    return not fault or _left_behind(state, host, f"{version} is not in its registry: {fault}")
 
 
 def copy_command(member: Host, version: str) -> str:
@@ -176,8 +205,8 @@ def copy_command(member: Host, version: str) -> str:
 @operation()
 def pull(version: str) -> Generator[FunctionCommand]:
     """Have the image in this worker's Docker before anything is started from it."""
-    image = reference(host, version)
-    if image and host.get_fact(DockerImage, object_id=image):
+    held = digests(version).get(host)
+    if held and host.get_fact(DockerImage, object_id=f"{_repository(host)}@{held}"):
         host.noop(f"{version} is pulled")
         return
     yield FunctionCommand(_pull, (version,), {})
@@ -185,7 +214,7 @@ def pull(version: str) -> Generator[FunctionCommand]:
 
 def _pull(state: State, host: Host, version: str) -> bool:
     try:
-        fault = run(host, f"docker pull -q {reference(host, version)}")
+        fault = run(host, f"docker pull -q {_repository(host)}@{digest(host, version)}")
     except cluster.Unavailable as error:
-        fault = str(error)
+        fault = said(error)
     return not fault or _left_behind(state, host, f"{version} cannot be pulled: {fault}")

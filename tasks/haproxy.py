@@ -16,9 +16,8 @@ from collections.abc import Generator, Iterable
 
 from pyinfra import host
 from pyinfra.api import FactBase, deploy, operation
-from pyinfra.operations import files, server
 
-from tasks import artifact, rolling
+from tasks import artifact, config, rolling
 
 LIVE = "/etc/haproxy/haproxy.cfg"
 WITHOUT_SERVERS = "/etc/haproxy/without-servers.cfg"  # what LIVE is but for its server lines
@@ -26,9 +25,12 @@ SPOOL = "/var/lib/consul-template/haproxy.cfg"
 FAULT = "/var/lib/haproxy-apply/fault"  # one line, there while the newest candidate is not live
 SYSTEMD = "/etc/systemd/system"
 DROP_IN = f"{SYSTEMD}/haproxy.service.d/hashistack.conf"
+APPLY = "/usr/local/sbin/haproxy-apply"
+SETTINGS = "/etc/consul-template/consul-template.hcl"
+TEMPLATE = "/etc/consul-template/haproxy.cfg.ctmpl"
 CONSUL_TEMPLATE = [
-    "/etc/consul-template/consul-template.hcl",
-    "/etc/consul-template/haproxy.cfg.ctmpl",
+    SETTINGS,
+    TEMPLATE,
     f"{SYSTEMD}/consul-template.service",
     "/usr/local/bin/consul-template",
 ]
@@ -37,20 +39,7 @@ CONSUL_TEMPLATE = [
 @deploy("HAProxy")
 def install() -> None:
     hold_package(name="Hold HAProxy's package")
-    server.user(
-        name="Create consul-template's user",
-        user="consul-template",
-        system=True,
-        home="/var/lib/consul-template",
-        shell="/usr/sbin/nologin",
-    )
-    files.directory(
-        name="Create the spool",
-        path="/var/lib/consul-template",
-        user="consul-template",
-        group="consul-template",
-        mode="755",
-    )
+    config.create_user(name="Create consul-template's user", user="consul-template")
     artifact.install(
         name="Install consul-template",
         tool="consul-template",
@@ -69,37 +58,17 @@ def install() -> None:
 
 
 def _configure() -> None:
-    files.template(
-        name="Configure consul-template",
-        src="templates/haproxy/consul-template.hcl.j2",
-        dest="/etc/consul-template/consul-template.hcl",
-        mode="644",
-    )
-    for dest, discover in host.loop(
-        [(WITHOUT_SERVERS, False), ("/etc/consul-template/haproxy.cfg.ctmpl", True)]
-    ):
-        files.template(
-            name=f"Write HAProxy's {'template' if discover else 'configuration without servers'}",
-            src="templates/haproxy/haproxy.cfg.j2",
-            dest=dest,
-            mode="644",
-            jinja_env_kwargs={"trim_blocks": True},
-            discover=discover,
-        )
-    for src, dest in host.loop(
-        [
-            ("consul-template.service", f"{SYSTEMD}/consul-template.service"),
-            ("haproxy-apply.service", f"{SYSTEMD}/haproxy-apply.service"),
-            ("haproxy-apply.path", f"{SYSTEMD}/haproxy-apply.path"),
-            ("haproxy.conf", DROP_IN),
-        ]
-    ):
-        files.put(name=f"Write {dest}", src=f"templates/haproxy/{src}", dest=dest, mode="644")
-    files.put(
-        name="Write haproxy-apply",
-        src="templates/haproxy/haproxy-apply",
-        dest="/usr/local/sbin/haproxy-apply",
-        mode="755",
+    units = ("consul-template.service", "haproxy-apply.service", "haproxy-apply.path")
+    config.write(
+        name="Configure consul-template and haproxy-apply",
+        files=[
+            config.File(SETTINGS, config.render("haproxy/consul-template.hcl.j2")),
+            config.File(TEMPLATE, config.render("haproxy/haproxy.cfg.j2", discover=True)),
+            config.File(WITHOUT_SERVERS, config.render("haproxy/haproxy.cfg.j2", discover=False)),
+            config.File(APPLY, config.render("haproxy/haproxy-apply"), mode="755"),
+            config.File(DROP_IN, config.render("haproxy/haproxy.conf")),
+            *(config.File(f"{SYSTEMD}/{unit}", config.render(f"haproxy/{unit}")) for unit in units),
+        ],
     )
 
 
@@ -143,6 +112,7 @@ def put_first() -> Generator[str]:
     if host.get_fact(Answer, condition=f"grep -qs '^# Rendered by consul-template' {LIVE}"):
         host.noop("HAProxy has our configuration")
         return
+    yield "install -d -o consul-template -g consul-template /var/lib/consul-template"
     yield f"cp {WITHOUT_SERVERS} {SPOOL}.first && mv {SPOOL}.first {SPOOL}"
     yield f"systemctl start haproxy-apply.service || {{ cat {FAULT} >&2; exit 1; }}"
 

@@ -18,7 +18,7 @@ from pyinfra import host
 from pyinfra.api import DeployError
 from pyinfra.api.host import Host
 
-from tasks import distribute, rolling
+from tasks import distribute, rolling, serving
 from tasks.cluster import Unavailable, nomad_api, wait_until
 
 # Stands for the image in a plan that is made before the image exists: placing does not look at it.
@@ -39,9 +39,7 @@ _templates = Environment(
 
 def render(data: object, version: str, digest: str) -> str:
     """The job's HCL. `data` has the knobs of group_data as attributes."""
-    return _templates.get_template("app/app.nomad.hcl.j2").render(
-        data=data, version=version, digest=digest
-    )
+    return _templates.get_template("app/app.nomad.hcl.j2").render(data=data, version=version, digest=digest)
 
 
 def plan(api: Nomad, hcl: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -61,9 +59,7 @@ def unplaceable(failed: dict[str, Any] | None) -> str | None:
         nodes = metrics["NodesEvaluated"]
         lacks = {
             **(metrics["ConstraintFiltered"] or {}),
-            **{
-                f"too little {what}": n for what, n in (metrics["DimensionExhausted"] or {}).items()
-            },
+            **{f"too little {what}": n for what, n in (metrics["DimensionExhausted"] or {}).items()},
         }
         reasons += [f"{reason} (on {count} of {nodes} nodes)" for reason, count in lacks.items()]
         if not lacks:
@@ -73,9 +69,7 @@ def unplaceable(failed: dict[str, Any] | None) -> str | None:
 
 def register(api: Nomad, job: dict[str, Any], planned: dict[str, Any]) -> int:
     """Register the job as planned; answers its version number. Raises if it changed since the plan."""
-    api.jobs.register_job(
-        {"Job": job, "EnforceIndex": True, "JobModifyIndex": planned["JobModifyIndex"]}
-    )
+    api.jobs.register_job({"Job": job, "EnforceIndex": True, "JobModifyIndex": planned["JobModifyIndex"]})
     return _number(api, job["ID"])
 
 
@@ -98,14 +92,21 @@ def progress(deployment: dict[str, Any]) -> str:
 
 
 def follow(
-    api: Nomad, job_id: str, number: int, say: Callable[[str], Any], poll_s: float = 0.5
+    api: Nomad,
+    job_id: str,
+    number: int,
+    say: Callable[[str], Any],
+    checks: Callable[[str, str], str] = lambda node, allocation_id: "",
+    poll_s: float = 0.5,
 ) -> str | None:
     """Follow the deployment of a job version to its end; what went wrong, or None.
 
     An unhealthy instance ends it at once: Nomad alone would try until its progress deadline. `say`
-    gets a line when something changes. May be called again for the same version after a broken call.
+    gets a line when something changes; `checks` answers what an instance's health checks say while
+    they fail. May be called again for the same version after a broken call.
     """
     shown, since = "", time.monotonic()
+    told: dict[str, str] = {}  # allocation -> its checks' last words: they end with it
     while True:
         evaluated = _evaluated(api, job_id)  # asked first: what it would start is there by then
         deployment = deployment_of(api, job_id, number)
@@ -119,8 +120,14 @@ def follow(
                 shown, since = line, time.monotonic()
             if deployment["Status"] == "successful":
                 return None
-            fault = _ended(api, deployment) or _stuck(api, deployment, time.monotonic() - since)
+            allocations = api.deployment.get_deployment_allocations(deployment["ID"])
+            told |= {a["ID"]: checks(a["NodeName"], a["ID"]) for a in allocations if _undecided(a)}
+            fault = _failed(api, deployment, unhealthy(api, allocations, told))
+            if fault is None and time.monotonic() - since > _patience_s(deployment):
+                fault = _not_placed(api, deployment) or f"no progress for {_patience_s(deployment):.0f} s"
             if fault:
+                if deployment["Status"] == "running":
+                    api.deployment.fail_deployment(deployment["ID"])
                 return fault
         time.sleep(poll_s)
 
@@ -129,25 +136,24 @@ def _evaluated(api: Nomad, job_id: str) -> bool:
     return all(e["Status"] not in ("pending", "blocked") for e in api.job.get_evaluations(job_id))
 
 
-def _ended(api: Nomad, deployment: dict[str, Any]) -> str | None:
-    """Why the deployment has failed or must: Nomad's word, or an unhealthy instance."""
+def _undecided(allocation: dict[str, Any]) -> bool:
+    decided = (allocation["DeploymentStatus"] or {}).get("Healthy") is not None
+    return allocation["ClientStatus"] == "running" and not decided
+
+
+def _patience_s(deployment: dict[str, Any]) -> float:
+    """An instance that finds no node starts no deadline of Nomad's: ours is a little longer."""
+    (group,) = deployment["TaskGroups"].values()
+    return float(group["ProgressDeadline"] / 1e9 + 10)
+
+
+def _failed(api: Nomad, deployment: dict[str, Any], sick: str | None) -> str | None:
+    """Why the deployment has failed or must: another release, an unhealthy instance, Nomad's word."""
     if deployment["Status"] == "cancelled":
         return f"{_REPLACED} ({deployment['StatusDescription']})"
-    fault = unhealthy(api, api.deployment.get_deployment_allocations(deployment["ID"]))
     if deployment["Status"] == "failed":
-        return fault or _not_placed(api, deployment) or str(deployment["StatusDescription"])
-    if fault:
-        api.deployment.fail_deployment(deployment["ID"])
-    return fault
-
-
-def _stuck(api: Nomad, deployment: dict[str, Any], quiet_s: float) -> str | None:
-    """An instance that finds no node starts no deadline of Nomad's: ours is as long."""
-    (group,) = deployment["TaskGroups"].values()
-    if quiet_s < group["ProgressDeadline"] / 1e9 + 10:
-        return None
-    api.deployment.fail_deployment(deployment["ID"])
-    return _not_placed(api, deployment) or f"no progress for {quiet_s:.0f} s"
+        return sick or _not_placed(api, deployment) or str(deployment["StatusDescription"])
+    return sick
 
 
 def _not_placed(api: Nomad, deployment: dict[str, Any]) -> str | None:
@@ -159,7 +165,7 @@ def _not_placed(api: Nomad, deployment: dict[str, Any]) -> str | None:
     return unplaceable(failures[0]) if failures else None
 
 
-def unhealthy(api: Nomad, allocations: list[dict[str, Any]]) -> str | None:
+def unhealthy(api: Nomad, allocations: list[dict[str, Any]], told: dict[str, str]) -> str | None:
     """Where an instance is unhealthy, why, and its last words; None if none is.
 
     One on a node that no longer answers does not count: Nomad replaces it elsewhere.
@@ -167,8 +173,9 @@ def unhealthy(api: Nomad, allocations: list[dict[str, Any]]) -> str | None:
     for allocation in allocations:
         sick = (allocation["DeploymentStatus"] or {}).get("Healthy") is False
         if sick and _answers(api, allocation["NodeID"]):
-            where = f"unhealthy on {allocation['NodeName']}"
-            return f"{where}: {_events(allocation)}{_log(api, allocation)}"
+            check = told.get(allocation["ID"]) if allocation["ClientStatus"] != "failed" else None
+            words = [_events(allocation), check, _log(api, allocation)]
+            return f"unhealthy on {allocation['NodeName']}: {'; '.join(filter(None, words))}"
     return None
 
 
@@ -215,7 +222,7 @@ def _log(api: Nomad, allocation: dict[str, Any]) -> str:
             continue
         lines = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
         if lines:
-            return f"; its log ends: {' | '.join(lines[-3:])}"
+            return f"its log ends: {' | '.join(lines[-3:])}"
     return ""
 
 
@@ -226,19 +233,14 @@ def restore(api: Nomad, job_id: str, number: int, say: Callable[[str], Any]) -> 
     """
     job = api.job.get_job(job_id)
     if job["Version"] == number:
+        if any(version["Stable"] for version in api.job.get_versions(job_id)["Versions"]):
+            return "Nomad has nothing else to go back to; release a version that is known to work"
         api.job.deregister_job(job_id, purge=True)
-        return "it was the first version, so its job is removed"
+        return "no version has ever been healthy, so the job is removed"
     old = job["Meta"]["version"]
     say(f"failed; going back to {old}")
     fault = follow(api, job_id, job["Version"], lambda line: say(f"back to {old}: {line}"))
     return f"going back to {old} failed too: {fault}" if fault else f"{old} serves as before"
-
-
-def said(error: Exception) -> str:
-    """An error in one line, without python-nomad's words around Nomad's own."""
-    answer = getattr(error, "nomad_resp", None)
-    text = getattr(answer, "text", None) or str(answer or error) or type(error).__name__
-    return " ".join(text.split())
 
 
 # pyinfra's side
@@ -258,13 +260,13 @@ def _refusing(what: str) -> Iterator[None]:
     try:
         yield
     except Unavailable as error:
-        raise DeployError(f"{host.name}: {what}: {said(error)}") from None
+        raise DeployError(f"{host.name}: {what}: {distribute.said(error)}") from None
 
 
 def _hcl(version: str) -> str:
-    member = distribute.origin(version)
-    found = distribute.digest(member, version) if member else None
-    return render(host.data, version, found or NO_DIGEST)
+    """Before its image exists, a version is planned with a stand-in for the digest."""
+    digest = next(iter(distribute.digests(version).values()), NO_DIGEST)
+    return render(host.data, version, digest)
 
 
 def _agent() -> Host:
@@ -295,7 +297,7 @@ def _persist(step: Callable[[Nomad], str | None]) -> str | None:
             if started and now - started > 10:
                 silent = now
             if now - silent > _SILENCE_S:
-                return f"Nomad does not answer ({said(error)}); run the same again to go on"
+                return f"Nomad does not answer ({distribute.said(error)}); run the same again to go on"
             time.sleep(1)
 
 
@@ -314,17 +316,20 @@ def settled(version: str) -> bool:
 
 def release(version: str, say: Callable[[str], Any]) -> str | None:
     """Plan, register, follow; what went wrong, and what serves now, or None."""
-    fault = distribute.disagreement(version) or wait_until("Nomad", _strangers, _LOST_S, say)
+    found = distribute.digests(version)
+    if not found:
+        return "no registry holds it"
+    fault = distribute.disagreement(found) or wait_until("Nomad", _strangers, _LOST_S, say)
     if fault:
         return fault
     with nomad_api(_agent()) as api:
-        job, planned = plan(api, _hcl(version))
+        job, planned = plan(api, render(host.data, version, next(iter(found.values()))))
         fault = unplaceable(planned["FailedTGAllocs"])
         if fault:
             return f"{fault}; nothing was changed"
         # Without a difference an interrupted release is under way: it is followed.
         number = register(api, job, planned) if changes(planned) else _number(api, job["ID"])
-    fault = _persist(lambda api: follow(api, job["ID"], number, say))
+    fault = _persist(lambda api: follow(api, job["ID"], number, say, serving.failing_checks))
     if fault is None or fault.startswith(_REPLACED):
         return fault
     end = _persist(lambda api: restore(api, job["ID"], number, say))

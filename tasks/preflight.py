@@ -37,7 +37,7 @@ def check_host() -> None:
         logger.warning(f"{host.print_prefix}Debian 13 is untested")
     elif release != "debian 12":
         raise DeployError(f"{host.name}: runs {distro['name']}; use Debian 12 (13 is untested)")
-    for line in artifact.downgrades(host) + scheduler_change() + artifact.faults(host, tools()):
+    for line in scheduler_change() + artifact.faults(host, tools()):
         raise DeployError(line)
     for line in artifact.unsigned(host):
         logger.warning(f"{host.print_prefix}{line}")

@@ -16,7 +16,7 @@ from pyinfra.facts.docker import DockerImage
 from pyinfra.facts.server import Arch
 
 from tasks import config, containers, rolling
-from tasks.cluster import consul_api, nomad_api
+from tasks.cluster import consul_api, nomad_api, wait_until
 from tasks.mirror import cache_dir
 
 DEBIAN_ARCH = {"x86_64": "amd64", "aarch64": "arm64"}
@@ -65,13 +65,17 @@ def load_image(image: str, tar: Path) -> Generator[FileUploadCommand | StringCom
 @operation()
 def register_job() -> Generator[FunctionCommand]:
     """Register the registry's job where Nomad's plan shows a difference."""
-    with nomad_api(host) as api:
-        job = _job(api)
-        plan = api.job.plan_job(job["ID"], {"Job": job}, diff=True)
-    if plan["Diff"]["Type"] == "None":
+    if wait_until("", _job_differs, 0) is None:
         host.noop("the registry's job is as it should be")
         return
     yield FunctionCommand(_register, (), {})
+
+
+def _job_differs() -> str | None:
+    with nomad_api(host) as api:
+        job = _job(api)
+        plan = api.job.plan_job(job["ID"], {"Job": job}, diff=True)
+    return None if plan["Diff"]["Type"] == "None" else "the plan shows a difference"
 
 
 def _job(api: Nomad) -> dict[str, Any]:

@@ -7,10 +7,9 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-import requests
 from pyinfra import host
 
-from tasks import cluster
+from tasks import cluster, rolling
 
 # One instance: (version, address, port). Version "unknown" is one without a version- tag.
 Instance = tuple[str, str, int]
@@ -49,9 +48,7 @@ def haproxy_fault(stats: str, app: str, found: set[Instance]) -> str | None:
     expected = {f"{app}-{version}-{address}-{port}" for version, address, port in found}
     wrong = [f"{name} is not in HAProxy" for name in sorted(expected - servers.keys())]
     wrong += [f"{name} is still in HAProxy" for name in sorted(servers.keys() - expected)]
-    wrong += [
-        f"{name} is {is_}" for name, is_ in sorted(servers.items()) if not is_.startswith("UP")
-    ]
+    wrong += [f"{name} is {is_}" for name, is_ in sorted(servers.items()) if not is_.startswith("UP")]
     return "; ".join(wrong) or None
 
 
@@ -76,15 +73,38 @@ def exactly(version: str) -> Callable[[], str | None]:
 
     def fault() -> str | None:
         found = passing()
-        return consul_fault(found, version, count) or haproxy_fault(
-            _stats(), host.data.app_name, found
-        )
+        return consul_fault(found, version, count) or haproxy_fault(_stats(), host.data.app_name, found)
 
     return fault
 
 
 def _stats() -> str:
-    with cluster.forward(host, host.data.haproxy_stats_port) as port:
-        answer = requests.get(f"http://127.0.0.1:{port}/;csv", timeout=cluster.TIMEOUT_S)
+    with cluster.forward(host, host.data.haproxy_stats_port) as port, cluster._session() as http:
+        answer = http.get(f"http://127.0.0.1:{port}/;csv", timeout=cluster.TIMEOUT_S)
     answer.raise_for_status()
     return answer.text
+
+
+def failing_checks(worker: str, allocation_id: str) -> str:
+    """What the health checks of a Nomad allocation say while they fail; "" if nothing is known.
+
+    The worker's own agent is asked: the catalog learns of a check's words only with its status.
+    """
+    try:
+        for member in rolling.members("workers"):
+            if member.name == worker:
+                with cluster.consul_api(member) as api:
+                    return failures(api.agent.checks(), allocation_id)
+    except cluster.Unavailable:
+        pass
+    return ""
+
+
+def failures(checks: dict[str, dict[str, Any]], allocation_id: str) -> str:
+    """The words of one allocation's checks that do not pass, from a Consul agent's checks."""
+    outputs = [
+        " ".join(check["Output"].split())
+        for check in checks.values()
+        if allocation_id in check["ServiceID"] and check["Status"] != "passing"
+    ]
+    return "; ".join(filter(None, outputs))

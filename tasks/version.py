@@ -23,7 +23,5 @@ def fault(version: object) -> str | None:
     if "+" in version:
         return f"version {version}: a Docker tag cannot hold build metadata (+...); {_EXAMPLE}"
     if not _VERSION.fullmatch(version) or len(version) > _LONGEST:
-        return (
-            f"version {version}: not MAJOR.MINOR.PATCH or MAJOR.MINOR.PATCH-PRERELEASE; {_EXAMPLE}"
-        )
+        return f"version {version}: not MAJOR.MINOR.PATCH or MAJOR.MINOR.PATCH-PRERELEASE; {_EXAMPLE}"
     return None

@@ -1,37 +1,16 @@
 """DNS when something else fails; on the proxies, whose Consul is a client that nobody else needs."""
 
-import time
-from collections.abc import Callable, Iterator
+from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 from testinfra.host import Host
 
-import inventory
 from tests.lab import hosts
+from tests.lab.test_dns import ask, servers
 
-testinfra_hosts = hosts.urls(inventory.proxies)
-
-# Prints the answer's code (0 found, 3 no such name, 5 refused) from one server, which is its argument.
-ASK = """
-import socket, sys
-query = b"ab\\1\\0\\0\\1" + bytes(6) + b"\\7example\\3org\\0\\0\\1\\0\\1"
-asking = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-asking.settimeout(10)
-asking.sendto(query, (sys.argv[1], 53))
-print(asking.recv(4096)[3] & 15)
-"""
-
-
-def ask(host: Host, server: str) -> int:
-    return int(host.check_output("python3 -c %s %s", ASK, server))
-
-
-def within(seconds: float, condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-    return True
+testinfra_hosts = hosts.testinfra("proxies")
 
 
 def resolves(host: Host) -> bool:
@@ -45,14 +24,15 @@ def consul_stopped(host: Host) -> Iterator[None]:
         yield
     finally:
         host.check_output("systemctl start consul")
-        assert within(60, lambda: resolves(host))
+        hosts.wait_for("Consul's names", lambda: resolves(host))
 
 
 @pytest.mark.usefixtures("consul_stopped")
-def test_other_names_resolve_without_consul(host: Host) -> None:
+@pytest.mark.parametrize("other", ["example.org", hosts.names("workers")[0]])
+def test_other_names_resolve_without_consul(host: Host, other: str) -> None:
     """The resolver gives the answer that the network's own server gives."""
-    servers = host.check_output("grep ^nameserver /etc/resolv.conf").split()[1::2]
-    assert ask(host, servers[0]) == ask(host, servers[1])
+    ours, original, *_ = servers(host)
+    assert ask(host, ours, other) == ask(host, original, other)
 
 
 def test_rewritten_resolv_conf_gets_the_resolver_back(host: Host) -> None:
@@ -60,4 +40,4 @@ def test_rewritten_resolv_conf_gets_the_resolver_back(host: Host) -> None:
     host.check_output(
         "servers=$(grep -v '^nameserver 127.0.0.1$' /etc/resolv.conf) && echo \"$servers\" > /etc/resolv.conf"
     )
-    assert within(10, lambda: resolves(host))
+    hosts.wait_for("the resolver to be first again", lambda: resolves(host), deadline_s=10)

@@ -13,6 +13,12 @@ from group_data import all as knobs
 from tests.lab import hosts
 from tests.load import Load
 
+# The same version in another shape. The docker scheduler always runs one instance on each worker.
+RESHAPED = (
+    f"app_count={knobs.app_count + 1}"
+    if hosts.SCHEDULER == "nomad"
+    else f"app_memory_mb={knobs.app_memory_mb + 1}"
+)
 SICK = {
     # gunicorn cannot load it, says why, and exits.
     "crash": ('app = Flask(__name__)', 'raise SystemExit("no database: giving up")', "no database: giving up"),
@@ -26,7 +32,7 @@ def release(version: str, *arguments: str) -> hosts.Run:
 
 
 def test_release_and_back(load: Load, as_found: str) -> None:
-    """To another version, the same again, the same with other resources, and back."""
+    """To another version, the same again, the same reshaped, and back."""
     other = "0.0.3" if as_found != "0.0.3" else "0.0.2"
     load.versions = frozenset({as_found, other})
 
@@ -38,12 +44,12 @@ def test_release_and_back(load: Load, as_found: str) -> None:
     assert (run.code, run.changed) == (0, {}), run.output
     assert run.lines("nothing to do")
 
-    count = knobs.app_count + 1
-    run = release(other, "--data", f"app_count={count}", "--data", f"app_memory_mb={knobs.app_memory_mb + 1}")
+    run = release(other, "--data", RESHAPED)
     assert run.code == 0, run.output
+    assert list(run.changed) == [f"Replace what runs by {other}"], run.output
     assert versions_that_serve() == {other}
-    if hosts.SCHEDULER == "nomad":  # the docker scheduler runs one on each worker
-        assert len(hosts.haproxy_servers()) == count
+    if hosts.SCHEDULER == "nomad":
+        assert len(hosts.haproxy_servers()) == knobs.app_count + 1
 
     run = release(as_found)
     assert run.code == 0, run.output
@@ -66,7 +72,7 @@ def test_sick_version_leaves_the_old_one(load: Load, as_found: str, kind: str, t
     # Named after what it is: a version stays in the registries, where later runs find it again.
     name = f"0.1.0-{kind}.h{hashlib.sha256((folder / 'app.py').read_bytes()).hexdigest()[:8]}"
 
-    run = release(name, "--data", f"app_folder={folder}", "--data", "app_healthy_deadline_s=20")
+    run = release(name, "--data", f"app_folder={folder}", "--data", "app_healthy_deadline_s=12")
     assert run.code == 1
     assert "Traceback" not in run.output
     assert run.lines(rf"{re.escape(name)}.*({reason})") or run.lines(reason), run.output

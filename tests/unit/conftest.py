@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +42,22 @@ class Run:
         return {name: names for name, names in hosts.items() if names}
 
 
+def run(folder: Path, deploy: str | Path, *arguments: str, **world: object) -> Run:
+    """Run a deploy file on the hosts of `folder`/world.json; without `world` as the last run left them."""
+    if world:
+        (folder / "world.json").write_text(json.dumps({"state": {}, **world}))
+    (folder / "journal").write_text("")
+    environment = {"FAKE_WORLD": str(folder), "PYINFRA_FAKE_DELAY": "0", "PYINFRA_FAKE_DELAY_JITTER": "0"}
+    inventory = str(FAKE / "inventory.py")
+    command = [sys.executable, "-m", "pyinfra", "-y", "--json", *arguments, inventory, str(FAKE / deploy)]
+    ran = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
+    )
+    results = json.loads(ran.stdout)["results"] if ran.stdout.startswith("{") else {}
+    return Run(ran.returncode, ran.stderr, results, (folder / "journal").read_text().splitlines())
+
+
 @pytest.fixture
 def pyinfra(tmp_path: Path) -> Callable[..., Run]:
-    """Run a deploy file on the hosts of world.json; a second run starts from what the first has left."""
-
-    def run(deploy: str | Path, *arguments: str, **world: Any) -> Run:
-        if world:
-            (tmp_path / "world.json").write_text(json.dumps({"state": {}, **world}))
-        (tmp_path / "journal").write_text("")
-        environment = {"FAKE_WORLD": str(tmp_path), "PYINFRA_FAKE_DELAY": "0", "PYINFRA_FAKE_DELAY_JITTER": "0"}
-        inventory = str(FAKE / "inventory.py")
-        command = [sys.executable, "-m", "pyinfra", "-y", "--json", *arguments, inventory, str(FAKE / deploy)]
-        ran = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
-        )
-        results = json.loads(ran.stdout)["results"] if ran.stdout.startswith("{") else {}
-        return Run(ran.returncode, ran.stderr, results, (tmp_path / "journal").read_text().splitlines())
-
-    return run
+    """`run` in a folder of this test's own."""
+    return partial(run, tmp_path)

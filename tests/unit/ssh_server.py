@@ -9,6 +9,7 @@ from queue import SimpleQueue
 from threading import Thread
 
 import paramiko
+from paramiko import common
 
 Socket = socket.socket
 
@@ -23,7 +24,7 @@ class _Forwarder(paramiko.ServerInterface):
         return "publickey"
 
     def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
-        return paramiko.AUTH_SUCCESSFUL
+        return common.AUTH_SUCCESSFUL
 
     def check_channel_direct_tcpip_request(
         self, chanid: int, origin: tuple[str, int], destination: tuple[str, int]
@@ -31,8 +32,8 @@ class _Forwarder(paramiko.ServerInterface):
         try:
             self.connected.put(socket.create_connection(destination))
         except OSError:
-            return paramiko.OPEN_FAILED_CONNECT_FAILED
-        return paramiko.OPEN_SUCCEEDED
+            return common.OPEN_FAILED_CONNECT_FAILED
+        return common.OPEN_SUCCEEDED
 
 
 def _serve(client: Socket, key: paramiko.PKey) -> None:

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import paramiko
 import pytest
@@ -31,8 +31,8 @@ class Api(BaseHTTPRequestHandler):
     """Answers like Consul and Nomad, echoes what is posted, and counts the open connections."""
 
     protocol_version = "HTTP/1.1"  # keep-alive: a connection lasts until its client lets go
-    open: set[int] = set()
-    tokens: list[str] = []
+    open: ClassVar[set[int]] = set()
+    tokens: ClassVar[list[str]] = []
 
     def setup(self) -> None:
         super().setup()
@@ -43,7 +43,7 @@ class Api(BaseHTTPRequestHandler):
         self.open.discard(id(self))
 
     def do_GET(self) -> None:
-        self.tokens += [value for name, value in self.headers.items() if name.endswith("-Token")]
+        self.tokens.extend(value for name, value in self.headers.items() if name.endswith("-Token"))
         answers = {"/v1/status/leader": "192.168.56.12:8300", "/v1/regions": ["global"]}
         if self.path in answers:
             self._answer(json.dumps(answers[self.path]).encode())
@@ -87,8 +87,11 @@ KEY = paramiko.ECDSAKey.generate()
 @pytest.fixture
 def host(api: int) -> Iterator[Host]:
     """What cluster.py uses of a pyinfra host: its data, and its connector's SSH client."""
-    data = {f"{tool}_http_{what}": value for tool in ("consul", "nomad") for what, value in
-            (("address", "127.0.0.1"), ("port", api))}
+    data = {
+        f"{tool}_http_{what}": value
+        for tool in ("consul", "nomad")
+        for what, value in (("address", "127.0.0.1"), ("port", api))
+    }
     with ssh_server(KEY) as port, paramiko.SSHClient() as client:
         client.set_missing_host_key_policy(paramiko.AutoAddPolicy())
         client.connect("127.0.0.1", port, "vagrant", pkey=KEY, allow_agent=False, look_for_keys=False)
@@ -168,16 +171,25 @@ def test_pyinfra_itself_with_a_stray_environment(tmp_path: Path, api: int, close
     KEY.write_private_key_file(str(tmp_path / "key"))
     with ssh_server(KEY) as port:
         data = {
-            "ssh_hostname": "127.0.0.1", "ssh_port": port, "ssh_user": "vagrant", "ssh_key": str(tmp_path / "key"),
-            "ssh_known_hosts_file": str(tmp_path / "known_hosts"), "closed_port": closed_port,
-            "consul_http_port": api, "nomad_http_port": api,
-        }  # fmt: skip
+            "ssh_hostname": "127.0.0.1",
+            "ssh_port": port,
+            "ssh_user": "vagrant",
+            "ssh_key": str(tmp_path / "key"),
+            "ssh_known_hosts_file": str(tmp_path / "known_hosts"),
+            "closed_port": closed_port,
+            "consul_http_port": api,
+            "nomad_http_port": api,
+        }
         (tmp_path / "inventory.py").write_text(f"hosts = [('worker-01', {data})]\n")
         ask = str(ROOT / "tests/unit/fake/ask.py")
         ran = subprocess.run(
             [sys.executable, "-m", "pyinfra", "-y", str(tmp_path / "inventory.py"), ask],
-            cwd=ROOT, env={**os.environ, **STRAY}, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
+            cwd=ROOT,
+            env={**os.environ, **STRAY},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
     assert ran.returncode == 0, ran.stderr
     answers = {"leader": "192.168.56.12:8300", "regions": ["global"], "refused": True}
     assert json.loads(ran.stdout.splitlines()[0]) == answers
@@ -233,7 +245,9 @@ def test_after_the_deadline_it_gives_the_last_answer(clock: Clock) -> None:
     assert 1060 <= clock.now <= 1061
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError("reset"), requests.ReadTimeout("late"), paramiko.SSHException("gone")])
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError("reset"), requests.ReadTimeout("late"), paramiko.SSHException("gone")]
+)
 def test_an_api_that_does_not_answer_is_waited_for(clock: Clock, error: Exception) -> None:
     assert cluster.wait_until("it", answers(error, None), 60) is None
     assert cluster.wait_until("it", answers(error), 1) == f"no answer ({error})"

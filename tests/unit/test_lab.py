@@ -19,8 +19,10 @@ def choose(asked: dict[str, str], known: Settings | None = None, hosts_exist: bo
 def test_choices_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "FILE", tmp_path / "lab.json")
     assert settings.load() == Settings()
-    choose({"WORKERS": "5", "PROXIES": "2", "SCHEDULER": "docker"}, hosts_exist=False).save()
-    assert choose({}, settings.load()) == Settings(workers=5, proxies=2, data={"scheduler": "docker"})
+    asked = {"WORKERS": "5", "PROXIES": "2", "NETWORK": "192.168.57", "SCHEDULER": "docker"}
+    choose(asked, hosts_exist=False).save()
+    known = Settings(workers=5, proxies=2, network="192.168.57", data={"scheduler": "docker"})
+    assert choose({}, settings.load()) == known
 
 
 def test_a_lab_grows() -> None:
@@ -34,11 +36,20 @@ def test_a_lab_grows() -> None:
         ({"PROXIES": "1"}, "PROXIES=1: the lab has 2 and is never shrunk; `make down` first"),
         ({"PROVIDER": "libvirt"}, "PROVIDER=libvirt: the hosts were made with docker; `make down` first"),
         ({"HTTP_PORT": "81"}, "HTTP_PORT=81: the hosts were made with 8080; `make down` first"),
+        (
+            {"NETWORK": "192.168.57"},
+            "NETWORK=192.168.57: the hosts were made with 192.168.56; `make down` first",
+        ),
         ({"SCHEDULER": "docker"}, "SCHEDULER=docker: the hosts run nomad; `make down` first"),
         ({"WORKERS": "two"}, "WORKERS=two: choose a number from 3 to 10"),
         ({"WORKERS": "2"}, "WORKERS=2: choose a number from 3 to 10"),
         ({"HTTP_PORT": "70000"}, "HTTP_PORT=70000: choose a number from 1 to 65535"),
         ({"PROVIDER": "podman"}, "PROVIDER=podman: choose docker or virtualbox or libvirt"),
+        (
+            {"NETWORK": "10.0.0"},
+            "NETWORK=10.0.0: choose 192.168.56 or 192.168.57 or 192.168.58 or 192.168.59 or 192.168.60 "
+            "or 192.168.61 or 192.168.62 or 192.168.63",
+        ),
         ({"SCHEDULER": "swarm"}, "SCHEDULER=swarm: choose nomad or docker"),
     ],
 )
@@ -80,8 +91,9 @@ def test_elsewhere_than_on_debian_what_to_install_is_named(monkeypatch: pytest.M
         up.check(Settings(), hosts_exist=False)
 
 
-def container(folder: Path, running: bool, id_: str = "a") -> Container:
-    return Container(id=id_, name=f"lab_{id_}", folder=str(folder), running=running)
+def container(folder: Path, running: bool, id_: str = "a", network: str = "192.168.56") -> Container:
+    networks = ("bridge", hosts.network_name(network))
+    return Container(id=id_, name=f"lab_{id_}", folder=str(folder), running=running, networks=networks)
 
 
 def test_only_what_no_folder_answers_for_is_left_over(tmp_path: Path) -> None:
@@ -89,12 +101,41 @@ def test_only_what_no_folder_answers_for_is_left_over(tmp_path: Path) -> None:
     orphan = container(settings.ROOT, True, "orphan")
     deleted = container(tmp_path / "gone", True, "deleted")
     stopped = container(tmp_path, False, "stopped")
-    assert hosts.leftovers([ours, orphan, deleted, stopped], {"ours"}) == [orphan, deleted]
+    assert hosts.leftovers([ours, orphan, deleted, stopped], {"ours"}, "192.168.56") == [orphan, deleted]
 
 
 def test_a_running_lab_of_another_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(LabError, match=f"`make -C {tmp_path} down` first"):
-        hosts.leftovers([container(tmp_path, True)], set())
+        hosts.leftovers([container(tmp_path, True)], set(), "192.168.56")
+
+
+def test_another_lab_at_other_addresses_is_not_in_the_way(tmp_path: Path) -> None:
+    assert hosts.leftovers([container(tmp_path, True)], set(), "192.168.57") == []
+
+
+def test_a_network_goes_with_its_last_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    removed: list[str] = []
+    monkeypatch.setattr(hosts, "containers", lambda: [container(tmp_path, False)])
+    monkeypatch.setattr(hosts, "succeeds", lambda *_: True)
+    monkeypatch.setattr(hosts, "run", lambda *argv: removed.append(argv[-1]))
+    hosts.remove_network("192.168.56")
+    hosts.remove_network("192.168.57")
+    assert removed == ["vagrant_network_192.168.57.0/24"]
+
+
+def test_no_address_beyond_the_gateway_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    assert not hosts.answers("203.0.113.1")  # an address for documentation
+
+
+def test_a_listener_next_door_is_seen() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert hosts.answers("127.0.0.1", port)
+    assert not hosts.answers("127.0.0.1", port)
 
 
 def test_a_new_host_is_not_known_by_its_predecessors_key(tmp_path: Path) -> None:

@@ -184,7 +184,10 @@ def test_a_file_newer_than_the_process_is_stale_to_the_microsecond(
     assert unit_state(old, written(tmp_path / "it's new", after_start_us)) == state
 
 
-@pytest.mark.parametrize(("inactive", "disabled", "state"), [(3, 0, "stopped"), (3, 1, "stopped"), (0, 1, "stale")])
+@pytest.mark.parametrize(
+    ("inactive", "disabled", "state"),
+    [(3, 0, "stopped"), (3, 1, "stopped"), (0, 1, "stale")],
+)
 def test_a_unit_that_is_stopped_or_not_enabled(
     tmp_path: Path, unit_state: Callable[..., str], inactive: int, disabled: int, state: str
 ) -> None:

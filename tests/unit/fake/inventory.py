@@ -9,7 +9,9 @@ def _host(name: str, address: str) -> tuple[str, dict[str, Any]]:
     return f"@fake/{name}", {"address": address}
 
 
-workers = [_host(f"worker-{n:02d}", f"192.168.56.{10 + n}") for n in range(1, world.load().get("workers", 3) + 1)]
+workers = [
+    _host(f"worker-{n:02d}", f"192.168.56.{10 + n}") for n in range(1, world.load().get("workers", 3) + 1)
+]
 servers = workers[: world.load().get("servers", 3)]
 builder = workers[2:3]
-proxies = [_host("proxy-01", "192.168.56.21"), *world.load().get("unreachable", [])]
+proxies = [_host("proxy-01", "192.168.56.21"), *map(tuple, world.load().get("unreachable", []))]

@@ -44,7 +44,12 @@ def recovery(member: Host) -> Callable[[], str | None]:
 
 
 SERVICE = rolling.Service(
-    unit="consul", files=["/etc/consul.d/consul.hcl"], rank=rank, gate=gate, recovery=recovery, group="workers"
+    unit="consul",
+    files=["/etc/consul.d/consul.hcl"],
+    rank=rank,
+    gate=gate,
+    recovery=recovery,
+    group="workers",
 )
 
 preflight.stop_at_first_failure(name="Stop at the first failure")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pyinfra.api.host import Host
 from pyinfra.connectors.fake import FakeConnector
@@ -36,7 +36,9 @@ def short(host: Host) -> str:
     return host.name.removeprefix("@fake/")
 
 
-def run_shell_command(connector: FakeConnector, command: object, **arguments: Any) -> tuple[bool, CommandOutput]:
+def run_shell_command(
+    connector: FakeConnector, command: object, **arguments: object
+) -> tuple[bool, CommandOutput]:
     """In place of the connector's own, whose answers cannot depend on what happened before."""
     name, line, world = short(connector.host), str(command), load()
     sudo = "sudo" if arguments.get("_sudo") else "user"
@@ -55,7 +57,13 @@ def run_shell_command(connector: FakeConnector, command: object, **arguments: An
 
 
 DEBIAN = {
-    "-release": ["/etc/os-release", "ID=debian", 'VERSION_ID="12"', 'PRETTY_NAME="Debian GNU/Linux 12"', "---"],
+    "-release": [
+        "/etc/os-release",
+        "ID=debian",
+        'VERSION_ID="12"',
+        'PRETTY_NAME="Debian GNU/Linux 12"',
+        "---",
+    ],
     "uname -m": ["x86_64"],
     "for tool in": [f"{tool} present 1.0.0" for tool in ("consul", "nomad", "consul-template")],
 }
@@ -74,4 +82,15 @@ def _answer(*lines: str, success: bool = True) -> tuple[bool, CommandOutput]:
     return success, CommandOutput([OutputLine("stdout", line) for line in lines])
 
 
+def put_file(
+    connector: FakeConnector, source: str | IO[str], target: str, *_: object, **arguments: object
+) -> bool:
+    """Keep what is uploaded, as <folder>/<host>/<path>."""
+    kept = FOLDER / short(connector.host) / target.lstrip("/")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(Path(source).read_text() if isinstance(source, str) else source.read())
+    return True
+
+
+FakeConnector.put_file = put_file  # type: ignore[method-assign,assignment]
 FakeConnector.run_shell_command = run_shell_command  # type: ignore[method-assign,assignment]
