@@ -6,7 +6,7 @@ see that exactly the new version serves. What fails leaves the old version servi
 
 from pyinfra import host
 
-from tasks import app, distribute, preflight, rolling, serving
+from tasks import app, distribute, history, lock, preflight, rolling, serving
 
 version = app.wanted_version()
 preflight.check_hosts()
@@ -15,6 +15,15 @@ if host.name == rolling.members("workers")[0].name:
     app.check(version)
 
 preflight.stop_at_first_failure(name="Stop at the first failure")
+if rolling.driver():
+    lock.hold(name="Let no other run begin", what=f"release {version}")
+    history.begin(
+        name="Note the release in the audit trail",
+        action="release",
+        version=version,
+        settled=app.settled,
+        digest_of=distribute.digest_of,
+    )
 if "builder" in host.groups:
     distribute.build(name=f"Build the image of {version}", version=version)
 
@@ -32,5 +41,7 @@ if "proxies" in host.groups:
         what=version,
         fault=serving.exactly(version),
     )
+history.end(name="Note that it is in service")
+lock.give_back(name="Let the next run begin")
 if "workers" in host.groups:
     app.see_it_answers(name="Check that each worker still answers", version=version)

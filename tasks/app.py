@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 from pyinfra import host, logger
@@ -10,7 +10,7 @@ from pyinfra.api import DeployError, FunctionCommand, operation
 from pyinfra.api.host import Host
 from pyinfra.api.state import State
 
-from tasks import cluster, containers, distribute, image, nomad_job, rolling, serving
+from tasks import cluster, containers, distribute, held, history, image, lock, nomad_job, rolling, serving
 from tasks import version as versions
 
 
@@ -25,6 +25,16 @@ def wanted_version() -> str:
 
 def check(version: str) -> None:
     """Refuse in one line, in prepare, what cannot end well. Reads only; call it on one worker."""
+    kept = held.by_all().get(version)
+    if kept:  # no registry is needed, so none has to answer
+        _check_source(version, kept.source)
+    else:
+        _check_registries(version)
+    if host.data.scheduler == "nomad":
+        nomad_job.check(version)
+
+
+def _check_registries(version: str) -> None:
     for member in rolling.members("workers"):
         try:
             distribute.digest(member, version)
@@ -41,8 +51,6 @@ def check(version: str) -> None:
         _check_source(version, distribute.source(next(iter(found)), version))
     else:
         _check_builder(version)
-    if host.data.scheduler == "nomad":
-        nomad_job.check(version)
 
 
 def _check_builder(version: str) -> None:
@@ -77,14 +85,15 @@ def roll(version: str) -> Generator[FunctionCommand]:
     """
     if host.name != rolling.members("workers")[0].name:
         host.noop("another worker leads")
-    elif _settled(version):
+    elif settled(version):
         logger.info(f"{host.print_prefix}{version} runs as it should: nothing to do")
         host.noop(f"{version} runs")
     else:
         yield FunctionCommand(_roll, (version,), {})
 
 
-def _settled(version: str) -> bool:
+def settled(version: str) -> bool:
+    """`version` serves as it should already."""
     if host.data.scheduler == "nomad":
         return nomad_job.settled(version)
     try:
@@ -95,8 +104,7 @@ def _settled(version: str) -> bool:
 
 def _outdated(version: str) -> tuple[containers.Release, list[Host]]:
     """Docker scheduler: what every worker shall run, and the workers that do not."""
-    digest = next(iter(distribute.digests(version).values()), "")
-    release = containers.Release(version, digest)
+    release = containers.Release(version, distribute.digest_of(version))
     return release, containers.outdated(rolling.members("workers"), release)
 
 
@@ -108,16 +116,22 @@ def _roll(state: State, host: Host, version: str) -> bool:
         logger.info(f"{host.print_prefix}{version}: {line}")
 
     try:
-        if host.data.scheduler == "nomad":
-            fault = nomad_job.release(version, say)
-        else:
-            release, workers = _outdated(version)
-            fault = containers.roll(workers, release).fault
+        fault = lock.fault() or _release(version, say)
     except _FAULTS as error:
         fault = f"{distribute.said(error)}; run the same again to go on"
     if fault:
+        history.failed(fault)
         logger.error(f"{host.print_prefix}{version}: {fault}")
     return not fault
+
+
+def _release(version: str, say: Callable[[str], None]) -> str | None:
+    if host.data.scheduler == "nomad":
+        return nomad_job.release(version, say)
+    release, workers = _outdated(version)
+    if not release.digest:
+        return "neither a registry nor every worker's Docker holds it"
+    return containers.roll(workers, release, lock.fault).fault
 
 
 @operation()

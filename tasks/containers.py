@@ -217,11 +217,12 @@ def _complaint(member: Host, instance: Instance) -> str:
 # The roll
 
 
-def roll(workers: list[Host], release: Release) -> Outcome:
+def roll(workers: list[Host], release: Release, stop: Callable[[], str | None] = lambda: None) -> Outcome:
     """Bring `release` to these workers (see `outdated`); for one driving host.
 
     First, all at once, the workers where nothing serves, then one after the other. After a failure
-    the workers that had already moved go back. A worker that is lost is left out.
+    the workers that had already moved go back. A worker that is lost is left out. Once `stop` says why,
+    nothing is begun any more, not even the way back: another run may be at work.
     """
     outcome = Outcome()
     moved: list[tuple[Host, Instance | None]] = []
@@ -242,9 +243,12 @@ def roll(workers: list[Host], release: Release) -> Outcome:
     busy = [worker for worker in workers if _serves(worker)]
     gevent.joinall([gevent.spawn(move, worker) for worker in workers if worker not in busy], raise_error=True)
     for worker in busy:
-        if outcome.fault is None:
+        if outcome.fault is None and not stop():
             move(worker)
-    if outcome.fault:
+    stopped = stop()
+    if stopped:
+        outcome.fault = "\n".join(filter(None, [outcome.fault, stopped]))
+    elif outcome.fault:
         outcome.fault += "".join(f"\n{_go_back(*pair)}" for pair in reversed(moved))
     elif workers and len(outcome.lost) == len(workers):
         outcome.fault = "every worker was lost"

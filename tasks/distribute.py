@@ -21,7 +21,7 @@ from pyinfra.api.state import State
 from pyinfra.facts.docker import DockerImage
 from pyinfra.facts.server import Arch
 
-from tasks import cluster, image, rolling
+from tasks import cluster, held, image, rolling
 from tasks.registry import DEBIAN_ARCH
 
 _MANIFEST = "application/vnd.docker.distribution.manifest.v2+json, application/vnd.oci.image.manifest.v1+json"
@@ -78,12 +78,21 @@ def digests(version: str) -> dict[Host, str]:
     found = {}
     for member in rolling.members("workers"):
         try:
-            held = digest(member, version)
+            here = digest(member, version)
         except cluster.Unavailable:
             continue
-        if held:
-            found[member] = held
+        if here:
+            found[member] = here
     return found
+
+
+def digest_of(version: str) -> str:
+    """From the registries, or where none has it from every worker's Docker; "" for neither."""
+    found = next(iter(digests(version).values()), "")
+    if found:
+        return found
+    kept = held.by_all().get(version)
+    return kept.digest if kept else ""
 
 
 def disagreement(found: dict[Host, str]) -> str | None:
@@ -91,7 +100,7 @@ def disagreement(found: dict[Host, str]) -> str | None:
     if len(set(found.values())) < 2:
         return None
     return "the registries hold different images of one version: " + ", ".join(
-        f"{member.name} {held[:19]}" for member, held in found.items()
+        f"{member.name} {digest[:19]}" for member, digest in found.items()
     )
 
 
@@ -120,7 +129,7 @@ def run(member: Host, command: str) -> str | None:
 @operation()
 def build(version: str) -> Generator[FunctionCommand]:
     """Build the image on this host and push it to its registry, unless `version` was released."""
-    if digests(version):
+    if digest_of(version):
         host.noop(f"{version} was released before: its image is used")
         return
     yield FunctionCommand(_build, (version,), {})
@@ -129,7 +138,7 @@ def build(version: str) -> Generator[FunctionCommand]:
 def _build(state: State, host: Host, version: str) -> bool:
     folder = Path(host.data.app_folder)
     tar = f"/var/tmp/{host.data.app_name}-{version}.tar"
-    tag = f"{_repository(host)}:{version}"
+    tag = f"{held.repository(host.data)}:{version}"
     try:
         if was_released(version):
             return True
@@ -152,10 +161,6 @@ def build_command(base: str, tag: str, version: str, source: str, tar: str) -> s
     words = [f"--build-arg {shlex.quote(f'{key}={value}')}" for key, value in arguments.items()]
     words += [f"--label {shlex.quote(f'{key}={value}')}" for key, value in labels.items()]
     return f"trap 'rm -f {tar}' EXIT; docker build -q -t {tag} {' '.join(words)} - < {tar}"
-
-
-def _repository(member: Host) -> str:
-    return f"127.0.0.1:{member.data.registry_port}/{member.data.app_name}"
 
 
 @operation()
@@ -181,7 +186,19 @@ def copy(version: str) -> Generator[FunctionCommand]:
     if host in digests(version):
         host.noop(f"the registry holds {version}")
         return
+    if version in held.by_all() and _silent(host, version):
+        logger.warning(f"{host.print_prefix}its registry does not answer; its Docker holds {version}")
+        host.noop(f"Docker holds {version}")
+        return
     yield FunctionCommand(_copy, (version,), {})
+
+
+def _silent(member: Host, version: str) -> bool:
+    try:
+        digest(member, version)
+    except cluster.Unavailable:
+        return True
+    return False
 
 
 def _copy(state: State, host: Host, version: str) -> bool:
@@ -205,8 +222,8 @@ def copy_command(member: Host, version: str) -> str:
 @operation()
 def pull(version: str) -> Generator[FunctionCommand]:
     """Have the image in this worker's Docker before anything is started from it."""
-    held = digests(version).get(host)
-    if held and host.get_fact(DockerImage, object_id=f"{_repository(host)}@{held}"):
+    wanted = digest_of(version)
+    if wanted and host.get_fact(DockerImage, object_id=f"{held.repository(host.data)}@{wanted}"):
         host.noop(f"{version} is pulled")
         return
     yield FunctionCommand(_pull, (version,), {})
@@ -214,7 +231,7 @@ def pull(version: str) -> Generator[FunctionCommand]:
 
 def _pull(state: State, host: Host, version: str) -> bool:
     try:
-        fault = run(host, f"docker pull -q {_repository(host)}@{digest(host, version)}")
+        fault = run(host, f"docker pull -q {held.repository(host.data)}@{digest(host, version)}")
     except cluster.Unavailable as error:
         fault = said(error)
     return not fault or _left_behind(state, host, f"{version} cannot be pulled: {fault}")

@@ -16,6 +16,7 @@ from collections.abc import Generator, Iterable
 
 from pyinfra import host
 from pyinfra.api import FactBase, deploy, operation
+from pyinfra.api.host import Host
 
 from tasks import artifact, config, rolling
 
@@ -118,7 +119,12 @@ def put_first() -> Generator[str]:
 
 
 def fault() -> str | None:
-    """What keeps HAProxy from running with the current template and Consul's newest answer, or None."""
+    """What keeps HAProxy on this host from running with the current template and Consul's newest answer."""
+    return fault_of(host)
+
+
+def fault_of(member: Host) -> str | None:
+    """The same for any proxy; None if all is well."""
     command = (
         f"if [ -s {FAULT} ]; then cat {FAULT};"
         " elif ! systemctl is-active -q haproxy; then echo HAProxy does not run;"
@@ -126,5 +132,5 @@ def fault() -> str | None:
         f" elif ! grep -v '^ *server ' {LIVE} | cmp -s - {WITHOUT_SERVERS};"
         " then echo consul-template has not rendered the current template yet; fi"
     )
-    ok, output = host.run_shell_command(command, _sudo=True)
+    ok, output = member.run_shell_command(command, _sudo=True)
     return output.stdout.strip() or (None if ok else f"cannot ask: {output.stderr}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from nomad import Nomad
-from nomad.api.exceptions import BaseNomadException
+from nomad.api.exceptions import BaseNomadException, URLNotFoundNomadException
 from pyinfra import host
 from pyinfra.api import DeployError
 from pyinfra.api.host import Host
@@ -265,8 +265,7 @@ def _refusing(what: str) -> Iterator[None]:
 
 def _hcl(version: str) -> str:
     """Before its image exists, a version is planned with a stand-in for the digest."""
-    digest = next(iter(distribute.digests(version).values()), NO_DIGEST)
-    return render(host.data, version, digest)
+    return render(host.data, version, distribute.digest_of(version) or NO_DIGEST)
 
 
 def _agent() -> Host:
@@ -316,14 +315,15 @@ def settled(version: str) -> bool:
 
 def release(version: str, say: Callable[[str], Any]) -> str | None:
     """Plan, register, follow; what went wrong, and what serves now, or None."""
-    found = distribute.digests(version)
-    if not found:
-        return "no registry holds it"
-    fault = distribute.disagreement(found) or wait_until("Nomad", _strangers, _LOST_S, say)
+    digest = distribute.digest_of(version)
+    if not digest:
+        return "neither a registry nor every worker's Docker holds it"
+    differ = distribute.disagreement(distribute.digests(version))
+    fault = differ or wait_until("Nomad", _strangers, _LOST_S, say)
     if fault:
         return fault
     with nomad_api(_agent()) as api:
-        job, planned = plan(api, render(host.data, version, next(iter(found.values()))))
+        job, planned = plan(api, render(host.data, version, digest))
         fault = unplaceable(planned["FailedTGAllocs"])
         if fault:
             return f"{fault}; nothing was changed"
@@ -357,3 +357,18 @@ def _strangers() -> str | None:
         f"{names}: Nomad would use it, but it is not in this run and lacks the image; take it in, or"
         " make it ineligible (nomad node eligibility -disable)"
     )
+
+
+def versions_that_were_stable() -> list[str]:
+    """The app's versions that Nomad remembers as having become healthy, the newest first."""
+    with nomad_api(_agent()) as api:
+        try:
+            return stable(api.job.get_versions(host.data.app_name)["Versions"])
+        except URLNotFoundNomadException:
+            return []  # never released
+
+
+def stable(versions: list[dict[str, Any]]) -> list[str]:
+    """From Nomad's answer: each version of the app once, at its newest place."""
+    newest = sorted(versions, key=lambda v: int(v["Version"]), reverse=True)
+    return list(dict.fromkeys(v["Meta"]["version"] for v in newest if v["Stable"]))

@@ -16,7 +16,7 @@ from pyinfra.api.arguments import CONNECTOR_ARGUMENT_KEYS
 from pyinfra.api.host import Host
 from pyinfra.api.state import State
 
-from tasks import cluster
+from tasks import cluster, lock
 
 
 class UnitState(FactBase[str]):
@@ -119,7 +119,7 @@ def restart_each(state: State, host: Host, service: Service, which: list[Host]) 
         member = min(waiting, key=lambda m: _rank(service, m))  # asked anew: a restart may move the leader
         waiting.remove(member)
         try:
-            fault = _restart(service, member)
+            fault = lock.fault() or _restart(service, member)
         except cluster.Unavailable as error:
             fault = f"no answer ({error or type(error).__name__})"
         if fault:

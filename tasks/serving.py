@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pyinfra import host
+from pyinfra.api.host import Host
 
 from tasks import cluster, rolling
 
@@ -37,14 +38,19 @@ def consul_fault(found: set[Instance], version: str, count: int | None) -> str |
     return None
 
 
-def haproxy_fault(stats: str, app: str, found: set[Instance]) -> str | None:
-    """HAProxy's statistics (CSV) have exactly Consul's instances as servers, and all are up."""
+def haproxy_servers(stats: str, app: str) -> dict[str, str]:
+    """Server of the app's backend -> UP, DOWN ..., from HAProxy's statistics (CSV)."""
     rows = csv.DictReader(io.StringIO(stats.lstrip("# ")))
-    servers = {
+    return {
         row["svname"]: row["status"]
         for row in rows
         if row["pxname"] == app and row["svname"] not in ("FRONTEND", "BACKEND")
     }
+
+
+def haproxy_fault(stats: str, app: str, found: set[Instance]) -> str | None:
+    """HAProxy's statistics (CSV) have exactly Consul's instances as servers, and all are up."""
+    servers = haproxy_servers(stats, app)
     expected = {f"{app}-{version}-{address}-{port}" for version, address, port in found}
     wrong = [f"{name} is not in HAProxy" for name in sorted(expected - servers.keys())]
     wrong += [f"{name} is still in HAProxy" for name in sorted(servers.keys() - expected)]
@@ -73,13 +79,14 @@ def exactly(version: str) -> Callable[[], str | None]:
 
     def fault() -> str | None:
         found = passing()
-        return consul_fault(found, version, count) or haproxy_fault(_stats(), host.data.app_name, found)
+        return consul_fault(found, version, count) or haproxy_fault(stats(host), host.data.app_name, found)
 
     return fault
 
 
-def _stats() -> str:
-    with cluster.forward(host, host.data.haproxy_stats_port) as port, cluster._session() as http:
+def stats(member: Host) -> str:
+    """HAProxy's statistics on a proxy, as CSV."""
+    with cluster.forward(member, member.data.haproxy_stats_port) as port, cluster._session() as http:
         answer = http.get(f"http://127.0.0.1:{port}/;csv", timeout=cluster.TIMEOUT_S)
     answer.raise_for_status()
     return answer.text

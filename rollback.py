@@ -1,0 +1,38 @@
+"""Back to the version before: pyinfra -y inventory.py rollback.py [--data to=0.0.2]
+
+Nothing is built or copied: every worker still holds the image. The way back is the same as the way
+there: one instance after the other, health-gated; what serves now serves on if it fails.
+"""
+
+from pyinfra import host, logger
+
+from tasks import app, distribute, history, lock, preflight, rollback, rolling, serving
+
+preflight.check_hosts()
+distribute.notice_loss()
+version = rollback.wanted_version()
+if rolling.driver():
+    logger.info(f"back to {version}")
+
+preflight.stop_at_first_failure(name="Stop at the first failure")
+if rolling.driver():
+    lock.hold(name="Let no other run begin", what=f"rollback to {version}")
+    history.begin(
+        name="Note the rollback in the audit trail",
+        action="rollback",
+        version=version,
+        settled=app.settled,
+        digest_of=distribute.digest_of,
+    )
+if "workers" in host.groups:
+    app.roll(name=f"Replace what runs by {version}", version=version)
+if "proxies" in host.groups:
+    rolling.wait_until_healthy(
+        name=f"Check that exactly {version} serves",
+        what=version,
+        fault=serving.exactly(version),
+    )
+history.end(name="Note that it is in service")
+lock.give_back(name="Let the next run begin")
+if "workers" in host.groups:
+    app.see_it_answers(name="Check that each worker still answers", version=version)
