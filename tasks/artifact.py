@@ -91,10 +91,11 @@ def _version_in(text: str) -> str:
 
 def older(one: str, other: str) -> bool:
     """Version `one` comes before `other`, as semver.org orders them. "" comes before all."""
-    return _order(one) < _order(other)
+    return order(one) < order(other)
 
 
-def _order(version: str) -> tuple[tuple[int, ...], bool, list[tuple[bool, int, str]]]:
+def order(version: str) -> tuple[tuple[int, ...], bool, list[tuple[bool, int, str]]]:
+    """For sorting, as semver.org orders them."""
     numbers, _, pre = version.partition("+")[0].partition("-")
     parts = [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in pre.split(".")]
     return tuple(int(n) for n in numbers.split(".") if n), not pre, parts

@@ -21,7 +21,7 @@ from pyinfra.api.state import State
 from pyinfra.facts.docker import DockerImage
 from pyinfra.facts.server import Arch
 
-from tasks import cluster, held, image, rolling
+from tasks import artifact, cluster, held, image, rolling
 from tasks.registry import DEBIAN_ARCH
 
 _MANIFEST = "application/vnd.docker.distribution.manifest.v2+json, application/vnd.oci.image.manifest.v1+json"
@@ -58,6 +58,20 @@ def digest(member: Host, version: str) -> str | None:
     """sha256:... of the image of `version` in the registry on `member`, or None."""
     answer = _get(member, f"manifests/{version}")
     return answer.headers["Docker-Content-Digest"] if answer else None
+
+
+def catalogue(member: Host, most: int = 20) -> dict[str, str]:
+    """Version -> digest of what the registry on `member` holds, the newest `most` of them by number."""
+    tags = _get(member, "tags/list")
+    versions = (tags.json()["tags"] or []) if tags else []
+    newest = sorted(versions, key=artifact.order, reverse=True)[:most]
+    with cluster.forward(member, member.data.registry_port) as port, cluster._session() as http:
+        url = f"http://127.0.0.1:{port}/v2/{member.data.app_name}/manifests"
+        answers = {
+            version: http.head(f"{url}/{version}", headers={"Accept": _MANIFEST}, timeout=cluster.TIMEOUT_S)
+            for version in newest
+        }
+    return {v: a.headers["Docker-Content-Digest"] for v, a in answers.items() if a.ok}
 
 
 def source(member: Host, version: str) -> str:

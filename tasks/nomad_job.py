@@ -359,11 +359,12 @@ def _strangers() -> str | None:
     )
 
 
-def versions_that_were_stable() -> list[str]:
+def stable_versions(member: Host | None = None) -> list[str]:
     """The app's versions that Nomad remembers as having become healthy, the newest first."""
-    with nomad_api(_agent()) as api:
+    member = member or _agent()
+    with nomad_api(member) as api:
         try:
-            return stable(api.job.get_versions(host.data.app_name)["Versions"])
+            return stable(api.job.get_versions(member.data.app_name)["Versions"])
         except URLNotFoundNomadException:
             return []  # never released
 

@@ -31,7 +31,7 @@ def served(kept: list[history.Entry]) -> list[str]:
     """The versions that were in service, the last one first: from the audit trail, then from what the
     scheduler remembers, should the trail have been lost."""
     if host.data.scheduler == "nomad":
-        remembered = nomad_job.versions_that_were_stable()
+        remembered = nomad_job.stable_versions()
     else:
         found = [i for worker in rolling.members("workers") for i in containers.instances(worker)]
         remembered = [i.version for i in sorted(found, key=lambda i: i.created, reverse=True)]

@@ -50,7 +50,11 @@ def haproxy_servers(stats: str, app: str) -> dict[str, str]:
 
 def haproxy_fault(stats: str, app: str, found: set[Instance]) -> str | None:
     """HAProxy's statistics (CSV) have exactly Consul's instances as servers, and all are up."""
-    servers = haproxy_servers(stats, app)
+    return difference(haproxy_servers(stats, app), app, found)
+
+
+def difference(servers: dict[str, str], app: str, found: set[Instance]) -> str | None:
+    """The same for servers that were read already."""
     expected = {f"{app}-{version}-{address}-{port}" for version, address, port in found}
     wrong = [f"{name} is not in HAProxy" for name in sorted(expected - servers.keys())]
     wrong += [f"{name} is still in HAProxy" for name in sorted(servers.keys() - expected)]
