@@ -20,6 +20,7 @@ KEY = "hashistack/release/history"
 KEEP = 50  # entries; Consul takes half a megabyte under one key, an entry has 0.3 kB
 
 UNDER_WAY = "under way"
+CUT_OFF = "cut off"
 IN_SERVICE = "in service"
 
 
@@ -58,7 +59,11 @@ def write(api: Consul, entry: Entry) -> None:
 
 
 def merge(kept: list[Entry], entry: Entry) -> list[Entry]:
-    """The entry in its place or at the end, and no more than KEEP in all. Clocks may differ: none sorts."""
+    """The entry in its place or at the end, and no more than KEEP in all. Clocks may differ: none sorts.
+
+    Whoever writes has the lock, so no other run is under way.
+    """
+    kept = [replace(item, result=CUT_OFF) if item.result == UNDER_WAY else item for item in kept]
     same = [(item.who, item.when) == (entry.who, entry.when) for item in kept]
     merged = [entry if is_it else item for item, is_it in zip(kept, same, strict=True)]
     return (merged if any(same) else [*kept, entry])[-KEEP:]

@@ -73,8 +73,12 @@ def _quorum(what: str, found: Found, cluster: Found) -> Iterable[str]:
 
 
 def _members(found: Found, group: str) -> list[str]:
-    """The hosts of a group; "" = all."""
-    return [name for name, host in found["hosts"].items() if not group or group in host.get("groups", [])]
+    """The hosts of a group ("" = all) that were reached: of the others that alone is said."""
+    return [
+        name
+        for name, host in found["hosts"].items()
+        if host.get("reached") and (not group or group in host["groups"])
+    ]
 
 
 def _missing(found: Found, group: str, there: Iterable[str]) -> list[str]:
@@ -271,10 +275,19 @@ def _registry_rows(found: Found) -> list[list[str]]:
 
 def _release_rows(found: Found, most: int = 5) -> list[list[str]]:
     last = found["releases"].get("history", [])[: -most - 1 : -1]
-    return [
-        [e["when"], e["action"], e["version"], e["digest"][:19], e["who"], f"{e['seconds']} s", _short(e["result"])]
-        for e in last
-    ] or [["none noted"]]
+    rows = [
+        [
+            entry["when"],
+            entry["action"],
+            entry["version"],
+            entry["digest"][:19],
+            entry["who"],
+            f"{entry['seconds']} s",
+            _short(entry["result"]),
+        ]
+        for entry in last
+    ]
+    return rows or [["none noted"]]
 
 
 def _short(text: str, most: int = 60) -> str:

@@ -360,3 +360,14 @@ def test_registry_is_published_on_loopback_and_the_private_address_only() -> Non
         "--publish=127.0.0.1:5000:5000",
         "--publish=192.168.56.11:5000:5000",
     ]
+
+
+def test_once_the_lock_is_lost_no_further_worker_is_begun_and_none_goes_back(workers: list[Worker]) -> None:
+    halted = "the lock was lost"
+    outcome = containers.roll(
+        workers,  # type: ignore[arg-type]
+        NEW,
+        lambda: halted if workers[0].runs() == ["0.0.3"] else None,
+    )
+    assert outcome.fault == halted
+    assert versions(workers) == [["0.0.3"], ["0.0.2"], ["0.0.2"]]
