@@ -19,7 +19,7 @@ def instances(entries: list[dict[str, Any]]) -> set[Instance]:
     """Consul's health entries of the app's service as instances."""
     return {
         (
-            entry["Service"].get("Meta", {}).get("version", "unknown"),
+            (entry["Service"].get("Meta") or {}).get("version", "unknown"),
             entry["Service"]["Address"] or entry["Node"]["Address"],
             entry["Service"]["Port"],
         )
@@ -103,7 +103,7 @@ def failing_checks(worker: str, allocation_id: str) -> str:
 def failures(checks: dict[str, dict[str, Any]], allocation_id: str) -> str:
     """The words of one allocation's checks that do not pass, from a Consul agent's checks."""
     outputs = [
-        " ".join(check["Output"].split())
+        " ".join(check["Output"].split()).removesuffix(" Output:")
         for check in checks.values()
         if allocation_id in check["ServiceID"] and check["Status"] != "passing"
     ]
