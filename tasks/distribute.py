@@ -21,7 +21,7 @@ from pyinfra.api.state import State
 from pyinfra.facts.docker import DockerImage
 from pyinfra.facts.server import Arch
 
-from tasks import cluster, image, rolling
+from tasks import cluster, image, rolling, shell
 from tasks.registry import DEBIAN_ARCH
 
 _MANIFEST = "application/vnd.docker.distribution.manifest.v2+json, application/vnd.oci.image.manifest.v1+json"
@@ -109,12 +109,9 @@ def said(error: Exception) -> str:
 def run(member: Host, command: str) -> str | None:
     """Run `command` on `member` as root; the last line of its errors if it fails."""
     try:
-        ok, output = member.run_shell_command(command, _sudo=True)
+        return shell.fault(member, command)
     except (EOFError, *cluster.Unavailable) as error:
         return f"{member.name} does not answer ({said(error)})"
-    if ok:
-        return None
-    return (output.stderr_lines or output.stdout_lines or ["no message"])[-1].strip()
 
 
 @operation()

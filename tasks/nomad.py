@@ -125,6 +125,8 @@ def _sick(member: Host) -> bool:
 def _rank(member: Host) -> int:
     if _sick(member):
         return 0
+    if not _is_server(member):
+        return 3
     with nomad_api(member) as api:
         leader: str = api.status.leader.get_leader()
         return 2 if leader.startswith(f"{member.data.address}:") else 1

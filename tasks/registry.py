@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tarfile
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from pyinfra.api.command import QuoteString
 from pyinfra.api.host import Host
 from pyinfra.api.state import State
 from pyinfra.facts.docker import DockerImage
-from pyinfra.facts.server import Arch
+from pyinfra.facts.server import Arch, Which
 
 from tasks import config, containers, rolling
 from tasks.cluster import consul_api, nomad_api, wait_until
@@ -24,15 +26,37 @@ DEBIAN_ARCH = {"x86_64": "amd64", "aarch64": "arm64"}
 
 @deploy("Registry")
 def install() -> None:
+    for image, tar in host.loop(list(images().items())):
+        load_image(name=f"Load the image {image}", image=image, tar=tar)
+
+
+def images() -> dict[str, Path]:
+    """Image -> the file on the controller that holds it, for this host's architecture."""
     arch = DEBIAN_ARCH[host.get_fact(Arch)]
-    for name, image in host.loop(
-        [("registry", host.data.registry_image), ("app-base", host.data.app_base_image)]
-    ):
-        load_image(
-            name=f"Load the image {image}",
-            image=image,
-            tar=cache_dir() / "images" / f"{name}_{arch}.tar",
-        )
+    names = {"registry": host.data.registry_image, "app-base": host.data.app_base_image}
+    return {image: cache_dir() / "images" / f"{name}_{arch}.tar" for name, image in names.items()}
+
+
+def faults() -> list[str]:
+    """What keeps this worker from getting its images, a line each. Changes nothing."""
+    return [
+        f"{host.name}: {image} is not in {tar}; make it with `python3 -m lab.images {tar.stem.split('_')[1]}`"
+        for image, tar in images().items()
+        if image.startswith("hashistack/") and not holds(tar, image) and not _loaded(image)
+    ]
+
+
+def _loaded(image: str) -> bool:
+    return bool(host.get_fact(Which, command="docker") and host.get_fact(DockerImage, object_id=image))
+
+
+def holds(tar: Path, image: str) -> bool:
+    """Whether a file made by `docker save` has this image; a changed knob may name another one."""
+    if not tar.exists():
+        return False
+    with tarfile.open(tar) as file:
+        manifest = file.extractfile("manifest.json")
+        return manifest is not None and any(image in one["RepoTags"] for one in json.load(manifest))
 
 
 @deploy("Registry")
@@ -54,7 +78,7 @@ def load_image(image: str, tar: Path) -> Generator[FileUploadCommand | StringCom
     """Load `image` from a `docker save` file on the controller, or pull it where there is none."""
     if host.get_fact(DockerImage, object_id=image):
         host.noop(f"{image} is loaded")
-    elif tar.exists():
+    elif holds(tar, image):
         upload = f"/var/tmp/{tar.name}"
         yield FileUploadCommand(str(tar), upload)
         yield StringCommand("docker load -q -i", QuoteString(upload), "&& rm", QuoteString(upload))

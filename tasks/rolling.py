@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 
 from pyinfra import host, logger, state
 from pyinfra.api import FactBase, FunctionCommand, operation
-from pyinfra.api.arguments import CONNECTOR_ARGUMENT_KEYS
 from pyinfra.api.host import Host
 from pyinfra.api.state import State
 
-from tasks import cluster
+from tasks import cluster, shell
 
 
 class UnitState(FactBase[str]):
@@ -77,9 +76,7 @@ class Service:
 
 def run(member: Host, unit: str) -> str | None:
     """Restart `unit` on `member`, whichever host this is called for."""
-    data = member.data.dict()  # has _sudo and the like, which only operations take from there by themselves
-    how = {key: data[key] for key in CONNECTOR_ARGUMENT_KEYS if key in data}
-    ok, output = member.run_shell_command(restart_command(unit), **how)
+    ok, output = shell.run(member, restart_command(unit))
     return None if ok else f"systemctl restart {unit}: {(output.stderr_lines or ['failed'])[0]}"
 
 
