@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 from pyinfra import host, inventory
-from pyinfra.api import FunctionCommand, deploy, operation
+from pyinfra.api import deploy
 from pyinfra.api.host import Host
-from pyinfra.api.state import State
 
 from tasks import artifact, config, rolling
-from tasks.cluster import Unavailable, autopilot_fault, behind, consul_api, leader_index, wait_until
+from tasks.cluster import Unavailable, autopilot_fault, behind, consul_api, leader_index
 
 CONFIG = "/etc/consul.d/consul.hcl"
 UNIT = "/etc/systemd/system/consul.service"
@@ -52,32 +51,28 @@ def roll() -> None:
     rolling.wait_until_healthy(
         name="Wait until Consul has a leader", what="a Consul leader", fault=_leaderless
     )
-    set_min_quorum(
-        name="Let autopilot keep as many servers as there are", count=len(inventory.get_group("servers"))
+    rolling.change_by_api(
+        name="Let Consul's autopilot keep as many servers as there are",
+        differs=_other_min_quorum,
+        change=_set_min_quorum,
     )
 
 
-@operation()
-def set_min_quorum(count: int) -> Generator[FunctionCommand]:
+def _other_min_quorum() -> str | None:
     """The configuration file's value is read at the first election only; later ones go by the API."""
-    if wait_until("", lambda: _other_min_quorum(count), 0) is None:
-        host.noop(f"autopilot keeps {count} servers")
-        return
-    yield FunctionCommand(_set_min_quorum, (count,), {})
-
-
-def _other_min_quorum(count: int) -> str | None:
     with consul_api(host) as api:
-        return None if api.operator.autopilot.configuration()["MinQuorum"] == count else "another"
+        kept = api.operator.autopilot.configuration()["MinQuorum"]
+    return None if kept == len(inventory.get_group("servers")) else f"autopilot keeps {kept} servers"
 
 
-def _set_min_quorum(state: State, host: Host, count: int) -> bool:
+def _set_min_quorum() -> None:
     with consul_api(host) as api:
-        # ModifyIndex guards against another writer: cas is the index that we read.
         settings = api.operator.autopilot.configuration()
+        # The index that was read guards against another writer.
         index = settings.pop("ModifyIndex")
         settings.pop("CreateIndex")
-        return bool(api.operator.autopilot.update(settings | {"MinQuorum": count}, cas=index))
+        settings["MinQuorum"] = len(inventory.get_group("servers"))
+        api.operator.autopilot.update(settings, cas=index)
 
 
 def _leaderless() -> str | None:
@@ -123,9 +118,14 @@ def _gate(member: Host) -> str | None:
 
 
 def passing_checks(member: Host) -> dict[str, bool]:
-    """Check id -> passes, of all checks on this node."""
+    """Check id -> passes, of all checks on this node, in the catalog and as its agent has it.
+
+    For half a second a restarted agent's checks still pass in the catalog: only the agent knows better.
+    """
     with consul_api(member) as api:
-        return {c["CheckID"]: c["Status"] == "passing" for c in api.health.node(member.name)[1]}
+        agent = {c["CheckID"]: c["Status"] for c in api.agent.checks().values()}
+        catalog = {c["CheckID"]: c["Status"] for c in api.health.node(member.name)[1]}
+    return {check: agent.get(check, status) == status == "passing" for check, status in catalog.items()}
 
 
 def _recovery(member: Host) -> Callable[[], str | None]:

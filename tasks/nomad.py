@@ -51,6 +51,26 @@ def roll() -> None:
         return
     rolling.roll(name="Restart Nomad where it is stale, one host at a time", service=SERVICE)
     join(name="Wait until Nomad has a leader and its clients are ready")
+    rolling.change_by_api(
+        name="Let Nomad's autopilot keep as many servers as there are",
+        differs=_other_min_quorum,
+        change=_set_min_quorum,
+    )
+
+
+def _other_min_quorum() -> str | None:
+    """As in tasks/consul.py. python-nomad has no calls for autopilot, so its requester is used."""
+    with nomad_api(host) as api:
+        kept = api.operator.request("autopilot", "configuration", method="get").json()["MinQuorum"]
+    return None if kept == len(inventory.get_group("servers")) else f"autopilot keeps {kept} servers"
+
+
+def _set_min_quorum() -> None:
+    with nomad_api(host) as api:
+        settings = api.operator.request("autopilot", "configuration", method="get").json()
+        settings["MinQuorum"] = len(inventory.get_group("servers"))
+        cas = {"cas": settings["ModifyIndex"]}
+        api.operator.request("autopilot", "configuration", method="put", json=settings, params=cas)
 
 
 @operation()

@@ -10,15 +10,13 @@ from typing import Any
 
 from nomad import Nomad
 from pyinfra import host
-from pyinfra.api import FileUploadCommand, FunctionCommand, StringCommand, deploy, operation
+from pyinfra.api import FileUploadCommand, StringCommand, deploy, operation
 from pyinfra.api.command import QuoteString
-from pyinfra.api.host import Host
-from pyinfra.api.state import State
 from pyinfra.facts.docker import DockerImage
 from pyinfra.facts.server import Arch, Which
 
 from tasks import config, containers, rolling
-from tasks.cluster import consul_api, nomad_api, wait_until
+from tasks.cluster import consul_api, nomad_api
 from tasks.mirror import cache_dir
 
 DEBIAN_ARCH = {"x86_64": "amd64", "aarch64": "arm64"}
@@ -66,7 +64,7 @@ def run() -> None:
         containers.run_registry()
     leads = host.name == rolling.members("workers")[0].name
     if leads and host.data.scheduler == "nomad":
-        register_job(name="Run a registry on each worker")
+        rolling.change_by_api(name="Run a registry on each worker", differs=_job_differs, change=_register)
     if leads:
         rolling.wait_until_healthy(
             name="Wait until each registry answers", what="the registries", fault=_missing
@@ -86,15 +84,6 @@ def load_image(image: str, tar: Path) -> Generator[FileUploadCommand | StringCom
         yield StringCommand("docker pull -q", QuoteString(image))
 
 
-@operation()
-def register_job() -> Generator[FunctionCommand]:
-    """Register the registry's job where Nomad's plan shows a difference."""
-    if wait_until("", _job_differs, 0) is None:
-        host.noop("the registry's job is as it should be")
-        return
-    yield FunctionCommand(_register, (), {})
-
-
 def _job_differs() -> str | None:
     with nomad_api(host) as api:
         job = _job(api)
@@ -107,11 +96,10 @@ def _job(api: Nomad) -> dict[str, Any]:
     return parsed
 
 
-def _register(state: State, host: Host) -> bool:
+def _register() -> None:
     with nomad_api(host) as api:
         job = _job(api)
         api.job.register_job(job["ID"], {"Job": job})
-    return True
 
 
 def _missing() -> str | None:

@@ -151,6 +151,26 @@ def _restart(service: Service, member: Host) -> str | None:
 
 
 @operation()
+def change_by_api(
+    differs: Callable[[], str | None], change: Callable[[], object]
+) -> Generator[FunctionCommand]:
+    """Call `change` where `differs` says how the cluster is not as it should be, or does not answer yet."""
+    if cluster.wait_until("", differs, 0) is None:
+        host.noop("as it should be")
+        return
+    yield FunctionCommand(_change, (change,), {})
+
+
+def _change(state: State, host: Host, change: Callable[[], object]) -> bool:
+    try:
+        change()
+    except cluster.Unavailable as error:
+        logger.error(f"{host.print_prefix}{error or type(error).__name__}; run deploy.py again")
+        return False
+    return True
+
+
+@operation()
 def wait_until_healthy(what: str, fault: Callable[[], str | None]) -> Generator[FunctionCommand]:
     """Wait until `fault` answers None; no change when it does so at once."""
     if cluster.wait_until(what, fault, 0) is None:

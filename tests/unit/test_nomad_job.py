@@ -34,7 +34,7 @@ class Replay:
         self.delete = self._answer("DELETE")
 
     def _answer(self, method: str) -> Any:  # noqa: ANN401 - stands for requests' methods
-        def answer(url: str, params: dict[str, str] | None = None, **rest: Any) -> requests.Response:
+        def answer(url: str, params: dict[str, str] | None = None, **rest: object) -> requests.Response:
             stream = f"?type={params['type']}" if params and "type" in params else ""
             request = f"{method} /{url.removeprefix('http://nomad/')}{stream}"
             self.asked.append(request)
@@ -64,7 +64,7 @@ def released(name: str) -> tuple[str | None, list[str], Replay]:
     checks = lambda node, allocation: "HTTP GET /status: 500"  # noqa: E731
     fault = nomad_job.follow(api, "app", number, said.append, checks, poll_s=0)
     if fault:
-        fault += "; " + nomad_job.restore(api, "app", number, said.append)
+        fault += "; " + nomad_job.restore(api, "app", number, said.append, poll_s=0)
     return fault, said, replay
 
 

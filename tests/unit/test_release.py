@@ -19,7 +19,11 @@ def release(pyinfra: Pyinfra, version: str, *arguments: str, **world: object) ->
 
 
 def steps(run: Run) -> list[str]:
-    return [line.split()[0] for line in run.journal if line.split()[0] in ("build", "push", "copy", "pull", "roll")]
+    return [
+        line.split()[0]
+        for line in run.journal
+        if line.split()[0] in ("build", "push", "copy", "pull", "roll")
+    ]
 
 
 def lines(run: Run, pattern: str) -> list[str]:
@@ -38,7 +42,7 @@ def test_a_new_version_is_built_once_copied_pulled_rolled_and_verified(pyinfra: 
     assert run.code == 0, run.stderr
     assert steps(run) == ["build", "push", "copy", "copy", "pull", "pull", "pull", "roll"]
     assert run.done("build") == run.done("push") == ["worker-03"]
-    assert set(run.done("copy")) == {"worker-03"}  # it has the image and sends it
+    assert run.done("copy")[0] == "worker-03"  # it has the image and sends it
     assert sorted(run.done("pull")) == WORKERS
     assert run.done("roll") == ["worker-01"]
     assert run.journal[-1] == "verify proxy-01 0.0.3"
@@ -72,7 +76,9 @@ def test_a_released_version_keeps_its_image(pyinfra: Pyinfra) -> None:
 
 
 def test_the_running_version_from_changed_source_is_refused(pyinfra: Pyinfra) -> None:
-    assert_refused(release(pyinfra, "0.0.2", **WORLD, source="other"), "0.0.2: runs already.*choose a new version")
+    assert_refused(
+        release(pyinfra, "0.0.2", **WORLD, source="other"), "0.0.2: runs already.*choose a new version"
+    )
 
 
 @pytest.mark.parametrize("version", ["1.10", "1.2.3+4", "latest"])

@@ -34,7 +34,10 @@ def test_exactly_the_new_version() -> None:
     [
         ([entry("0.0.3", 1)], "1 of 2 instances of 0.0.3 pass in Consul"),
         ([entry("0.0.3", 1), entry("0.0.2", 2)], "0.0.2 is still in Consul"),
-        ([entry("0.0.3", 1), entry("0.0.3", 2), entry("0.0.3", 3)], "3 of 2 instances of 0.0.3 pass in Consul"),
+        (
+            [entry("0.0.3", 1), entry("0.0.3", 2), entry("0.0.3", 3)],
+            "3 of 2 instances of 0.0.3 pass in Consul",
+        ),
         ([], "0 of 2 instances of 0.0.3 pass in Consul"),
     ],
 )

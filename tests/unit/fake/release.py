@@ -29,7 +29,9 @@ def digest(member: Host, version: str) -> str | None:
     return held
 
 
-def run_shell_command(connector: FakeConnector, command: object, **arguments: Any) -> tuple[bool, CommandOutput]:
+def run_shell_command(
+    connector: FakeConnector, command: object, **arguments: object
+) -> tuple[bool, CommandOutput]:
     line, name = str(command), world.short(connector.host)
     if "uname" in line:
         return True, CommandOutput([OutputLine("stdout", "x86_64")])
