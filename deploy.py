@@ -5,7 +5,7 @@ Installs or converges the whole stack. A second run changes nothing.
 
 from pyinfra import host
 
-from tasks import base, consul, dns, docker, haproxy, nomad, preflight, registry
+from tasks import base, consul, distribute, dns, docker, haproxy, nomad, preflight, registry
 
 ROLES = ["base", "consul", "docker", "dns", "nomad", "registry", "haproxy"]
 
@@ -44,5 +44,6 @@ if "docker" in roles and is_worker:
 if "registry" in roles and is_worker:
     registry.install()
     registry.run()
+    distribute.resync(name="Fill this worker's registry from the others")
 if "haproxy" in roles and is_proxy:
     haproxy.install()

@@ -99,7 +99,7 @@ def forward(host: Host, port: int, address: str = "127.0.0.1") -> Iterator[int]:
 
 
 @contextmanager
-def _session() -> Iterator[requests.Session]:
+def http_session() -> Iterator[requests.Session]:
     """Its connections end with it: the agents allow 100 to 200 from one address. No proxy leads to us."""
     with requests.Session() as session:
         session.trust_env = False
@@ -109,20 +109,26 @@ def _session() -> Iterator[requests.Session]:
 @contextmanager
 def consul_api(host: Host) -> Iterator[consul.Consul]:
     """python-consul2 against the agent on `host`."""
-    with forward(host, host.data.consul_http_port, host.data.consul_http_address) as port, _session() as http:
+    with (
+        forward(host, host.data.consul_http_port, host.data.consul_http_address) as port,
+        http_session() as web,
+    ):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             client = consul.Consul(host="127.0.0.1", port=port, timeout=TIMEOUT_S)
-        client.http.session = http
+        client.http.session = web
         yield client
 
 
 @contextmanager
 def nomad_api(host: Host) -> Iterator[nomad.Nomad]:
     """python-nomad against the agent on `host`."""
-    with forward(host, host.data.nomad_http_port, host.data.nomad_http_address) as port, _session() as http:
+    with (
+        forward(host, host.data.nomad_http_port, host.data.nomad_http_address) as port,
+        http_session() as web,
+    ):
         address = f"http://127.0.0.1:{port}"
-        yield nomad.Nomad(address=address, timeout=TIMEOUT_S, verify=True, session=http)
+        yield nomad.Nomad(address=address, timeout=TIMEOUT_S, verify=True, session=web)
 
 
 def wait_until(

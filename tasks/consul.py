@@ -114,7 +114,15 @@ def _rank(member: Host) -> int:
 def _gate(member: Host) -> str | None:
     if member.data.accept_outage or not _is_server(member) or _sick(member):
         return None
-    return autopilot_fault(autopilot(member), need_spare=True)
+    return autopilot_fault(autopilot(member), need_spare=True) or _unchecked(member)
+
+
+def _unchecked(member: Host) -> str | None:
+    """A run that was interrupted after a restart did not wait for the checks there: they have no output yet."""
+    with consul_api(member) as api:
+        unchecked = {c["Node"] for c in api.health.state("critical")[1] if not c["Output"]}
+    names = ", ".join(m.name for m in rolling.members("") if m.name in unchecked)
+    return f"checks have not run yet since Consul's restart on {names}" if names else None
 
 
 def passing_checks(member: Host) -> dict[str, bool]:

@@ -79,7 +79,7 @@ def exactly(version: str) -> Callable[[], str | None]:
 
 
 def _stats() -> str:
-    with cluster.forward(host, host.data.haproxy_stats_port) as port, cluster._session() as http:
+    with cluster.forward(host, host.data.haproxy_stats_port) as port, cluster.http_session() as http:
         answer = http.get(f"http://127.0.0.1:{port}/;csv", timeout=cluster.TIMEOUT_S)
     answer.raise_for_status()
     return answer.text

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 
 from group_data import all as knobs
 from tests.lab import hosts
@@ -26,6 +27,7 @@ def test_second_run_changes_nothing() -> None:
 
 
 def test_change_rolls_and_interrupted_way_back_converges(load: Load) -> None:
+    most_on_a_worker = Counter(name.split("-")[2] for name in hosts.haproxy_servers()).most_common(1)[0][1]
     with Watch() as watch:
         leaders = {service: leader(service) for service in PORTS}
         run = hosts.pyinfra("deploy.py", *(f"--data={CHANGES[service]}" for service in PORTS))
@@ -42,7 +44,7 @@ def test_change_rolls_and_interrupted_way_back_converges(load: Load) -> None:
         assert run.code == 0, run.output
         for service in PORTS:
             assert set(watch.stops(service)[3:]) == set(hosts.names("servers"))
-        assert watch.fewest_servers() >= knobs.app_count - 1
+        assert watch.fewest_servers() >= knobs.app_count - most_on_a_worker
     test_second_run_changes_nothing()
 
 
