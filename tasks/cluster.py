@@ -155,34 +155,3 @@ def wait_until(
             say(f"waiting {now - start:.0f} s for {what}: {missing}")
             shown = now
         time.sleep(0.25)
-
-
-def autopilot_fault(health: dict[str, Any], address: str = "", need_spare: bool = False) -> str | None:
-    """What is wrong in an autopilot health answer (Consul's and Nomad's have one shape), or None.
-
-    With `address`, only that server is judged: whether it is a healthy voter. With `need_spare`, the
-    cluster must be able to lose one more server.
-    """
-    if address:
-        mine = [s for s in health["Servers"] or [] if s["Address"].split(":")[0] == address]
-        well = mine and mine[0]["Healthy"] and mine[0]["Voter"]
-        return None if well else "this server is not yet a healthy voter"
-    sick = [s["Name"] for s in health["Servers"] or [] if not s["Healthy"]]
-    if not health["Healthy"]:
-        return f"unhealthy servers: {', '.join(sick) or 'no leader'}"
-    if need_spare and health["FailureTolerance"] < 1:
-        return "no server can be spared (failure tolerance 0)"
-    return None
-
-
-def leader_index(health: dict[str, Any]) -> int:
-    """The leader's last log index in an autopilot health answer."""
-    return max((s["LastIndex"] for s in health["Servers"] or [] if s["Leader"]), default=0)
-
-
-def behind(health: dict[str, Any], address: str, index: int) -> str | None:
-    """What is missing until the server at `address` has applied `index`."""
-    for member in health["Servers"] or []:
-        if member["Address"].split(":")[0] == address and member["LastIndex"] >= index:
-            return None
-    return f"its log has not reached index {index} yet"

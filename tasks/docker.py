@@ -109,7 +109,22 @@ def _drain(member: Host) -> str | None:
 
 
 def _recovery(member: Host) -> Callable[[], str | None]:
-    return lambda: _take_back(member) if member.data.scheduler == "nomad" else None
+    """What else ran in its containers, such as the registry, is back too."""
+    before = _other_services(member)
+
+    def check() -> str | None:
+        fault = _take_back(member) if member.data.scheduler == "nomad" else None
+        missing = ", ".join(sorted(before - _other_services(member)))
+        return fault or (f"not passing yet: {missing}" if missing else None)
+
+    return check
+
+
+def _other_services(member: Host) -> set[str]:
+    """The services whose checks pass on this worker, without the app: its instances have moved."""
+    with cluster.consul_api(member) as api:
+        passing = {c["ServiceName"] for c in api.health.node(member.name)[1] if c["Status"] == "passing"}
+    return passing - {member.data.app_name}
 
 
 def _take_back(member: Host) -> str | None:

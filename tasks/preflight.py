@@ -8,7 +8,7 @@ from pyinfra import host, inventory, logger, state
 from pyinfra.api import DeployError, FactBase, operation
 from pyinfra.facts.server import LinuxDistribution
 
-from tasks import artifact, registry
+from tasks import artifact, registry, rolling
 
 
 def check_hosts() -> None:
@@ -84,6 +84,8 @@ def scheduler_change() -> list[str]:
 def check_groups() -> None:
     """The groups make a cluster."""
     count = len(inventory.get_group("servers"))
+    if not rolling.driver():
+        return
     if count not in (3, 5):
         logger.warning(
             f"{count} servers: {'no majority survives a split' if count % 2 == 0 else 'a quorum needs more'}"
