@@ -5,7 +5,18 @@ Installs or converges the whole stack. A second run changes nothing.
 
 from pyinfra import host
 
-from tasks import base, consul, dns, docker, haproxy, lock, nomad, preflight, registry, rolling
+from tasks import (
+    base,
+    consul,
+    distribute,
+    dns,
+    docker,
+    haproxy,
+    lock,
+    nomad,
+    preflight,
+    registry,
+)
 
 ROLES = ["base", "consul", "docker", "dns", "nomad", "registry", "haproxy"]
 
@@ -14,8 +25,8 @@ roles = preflight.wanted(ROLES)
 preflight.check_groups()
 preflight.check_host()
 preflight.stop_at_first_failure(name="Stop at the first failure")
-if rolling.driver():  # two deploys might restart two servers at once; new hosts have no Consul to ask
-    lock.hold(name="Let no other run begin", what="deploy", needed=False)
+# Two deploys might restart two servers at once. New hosts have no Consul to ask.
+lock.hold(name="Let no other run begin", what="deploy", needed=False)
 
 is_worker = "workers" in host.groups
 is_proxy = "proxies" in host.groups
@@ -46,6 +57,7 @@ if "docker" in roles and is_worker:
 if "registry" in roles and is_worker:
     registry.install()
     registry.run()
+    distribute.resync(name="Fill this worker's registry from the others")
 if "haproxy" in roles and is_proxy:
     haproxy.install()
 lock.give_back(name="Let the next run begin")

@@ -15,15 +15,14 @@ if host.name == rolling.members("workers")[0].name:
     app.check(version)
 
 preflight.stop_at_first_failure(name="Stop at the first failure")
-if rolling.driver():
-    lock.hold(name="Let no other run begin", what=f"release {version}")
-    history.begin(
-        name="Note the release in the audit trail",
-        action="release",
-        version=version,
-        settled=app.settled,
-        digest_of=distribute.digest_of,
-    )
+lock.hold(name="Let no other run begin", what=f"release {version}")
+history.begin(
+    name="Note the release in the audit trail",
+    action="release",
+    version=version,
+    settled=app.settled,
+    digest_of=distribute.digest_of,
+)
 if "builder" in host.groups:
     distribute.build(name=f"Build the image of {version}", version=version)
 

@@ -15,15 +15,14 @@ if rolling.driver():
     logger.info(f"back to {version}")
 
 preflight.stop_at_first_failure(name="Stop at the first failure")
-if rolling.driver():
-    lock.hold(name="Let no other run begin", what=f"rollback to {version}")
-    history.begin(
-        name="Note the rollback in the audit trail",
-        action="rollback",
-        version=version,
-        settled=app.settled,
-        digest_of=distribute.digest_of,
-    )
+lock.hold(name="Let no other run begin", what=f"rollback to {version}")
+history.begin(
+    name="Note the rollback in the audit trail",
+    action="rollback",
+    version=version,
+    settled=app.settled,
+    digest_of=distribute.digest_of,
+)
 if "workers" in host.groups:
     app.roll(name=f"Replace what runs by {version}", version=version)
 if "proxies" in host.groups:

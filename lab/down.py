@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from lab import controller, hosts, settings
-from lab.command import output, run, stage
+from lab.command import output, quietly, stage
 from lab.settings import ROOT, LabError
 from tasks import mirror
 
@@ -29,7 +29,7 @@ def down() -> None:
             hosts.remove([c for c in hosts.containers() if c.folder == str(ROOT)])
             hosts.remove_network(settings.load().network)
         if made:
-            run("vagrant", "destroy", "--force")
+            quietly("vagrant", "destroy", "--force")
     shutil.rmtree(hosts.VAGRANT / "machines", ignore_errors=True)
     for file in (hosts.KNOWN_HOSTS, hosts.SSH_CONFIG, settings.FILE):
         file.unlink(missing_ok=True)
@@ -54,7 +54,7 @@ def remove_images() -> None:
         return
     images = output("docker", "images", "--quiet", "--filter=reference=hashistack/*").split()
     if images:
-        run("docker", "rmi", "--force", *dict.fromkeys(images))
+        quietly("docker", "rmi", "--force", *dict.fromkeys(images))
 
 
 def empty_cache(cache: Path) -> None:

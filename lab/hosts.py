@@ -106,8 +106,9 @@ def leftovers(found: list[Container], ours: set[str], network: str) -> list[Cont
 
 def remove(found: list[Container]) -> None:
     """Remove containers with the anonymous volumes that belong to them."""
-    for container in found:
-        run("docker", "rm", "--force", "--volumes", container.id)
+    if found:
+        print(f"    removing {', '.join(container.name for container in found)}", flush=True)
+        quietly("docker", "rm", "--force", "--volumes", *(container.id for container in found))
 
 
 def remove_network(network: str) -> None:
@@ -115,7 +116,7 @@ def remove_network(network: str) -> None:
     name = network_name(network)
     members = [c for c in containers() if name in c.networks]
     if not members and succeeds("docker", "network", "inspect", name):
-        run("docker", "network", "rm", name)
+        quietly("docker", "network", "rm", name)
 
 
 def proxy_runs(provider: str) -> bool:
@@ -124,6 +125,11 @@ def proxy_runs(provider: str) -> bool:
         return True
     ids = {file.read_text().strip() for file in VAGRANT.glob("machines/proxy-01/docker/id")}
     return any(c.running and c.id in ids for c in containers())
+
+
+def all_run(provider: str) -> bool:
+    """Every host that Vagrant made is up, as Docker says; with other providers Vagrant must look."""
+    return provider == "docker" and known_ids() <= {c.id for c in containers() if c.running}
 
 
 def addresses() -> dict[str, str]:
@@ -174,7 +180,8 @@ def up(provider: str) -> dict[str, str]:
         if answers(address):
             raise LabError(f"{name}: another machine answers at {address}: stop it, and run again")
     forget_host_keys(KNOWN_HOSTS, set(new.values()))
-    run("vagrant", "up", "--provider", provider)
+    if new or not all_run(provider):
+        run("vagrant", "up", "--provider", provider)
     find_the_way_in()
     return new
 

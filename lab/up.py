@@ -97,10 +97,7 @@ def prepare_controller() -> None:
 
 
 def sweep(network: str) -> None:
-    lost = hosts.leftovers(hosts.containers(), hosts.known_ids(), network)
-    for container in lost:
-        print(f"    removing {container.name}, left by the lab in {container.folder}", flush=True)
-    hosts.remove(lost)
+    hosts.remove(hosts.leftovers(hosts.containers(), hosts.known_ids(), network))
 
 
 def fill_mirror(lab: Settings, hosts_exist: bool) -> None:

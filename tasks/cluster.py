@@ -99,7 +99,7 @@ def forward(host: Host, port: int, address: str = "127.0.0.1") -> Iterator[int]:
 
 
 @contextmanager
-def _session() -> Iterator[requests.Session]:
+def http_session() -> Iterator[requests.Session]:
     """Its connections end with it: the agents allow 100 to 200 from one address. No proxy leads to us."""
     with requests.Session() as session:
         session.trust_env = False
@@ -109,20 +109,26 @@ def _session() -> Iterator[requests.Session]:
 @contextmanager
 def consul_api(host: Host) -> Iterator[consul.Consul]:
     """python-consul2 against the agent on `host`."""
-    with forward(host, host.data.consul_http_port, host.data.consul_http_address) as port, _session() as http:
+    with (
+        forward(host, host.data.consul_http_port, host.data.consul_http_address) as port,
+        http_session() as web,
+    ):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             client = consul.Consul(host="127.0.0.1", port=port, timeout=TIMEOUT_S)
-        client.http.session = http
+        client.http.session = web
         yield client
 
 
 @contextmanager
 def nomad_api(host: Host) -> Iterator[nomad.Nomad]:
     """python-nomad against the agent on `host`."""
-    with forward(host, host.data.nomad_http_port, host.data.nomad_http_address) as port, _session() as http:
+    with (
+        forward(host, host.data.nomad_http_port, host.data.nomad_http_address) as port,
+        http_session() as web,
+    ):
         address = f"http://127.0.0.1:{port}"
-        yield nomad.Nomad(address=address, timeout=TIMEOUT_S, verify=True, session=http)
+        yield nomad.Nomad(address=address, timeout=TIMEOUT_S, verify=True, session=web)
 
 
 def wait_until(
@@ -149,34 +155,3 @@ def wait_until(
             say(f"waiting {now - start:.0f} s for {what}: {missing}")
             shown = now
         time.sleep(0.25)
-
-
-def autopilot_fault(health: dict[str, Any], address: str = "", need_spare: bool = False) -> str | None:
-    """What is wrong in an autopilot health answer (Consul's and Nomad's have one shape), or None.
-
-    With `address`, only that server is judged: whether it is a healthy voter. With `need_spare`, the
-    cluster must be able to lose one more server.
-    """
-    if address:
-        mine = [s for s in health["Servers"] or [] if s["Address"].split(":")[0] == address]
-        well = mine and mine[0]["Healthy"] and mine[0]["Voter"]
-        return None if well else "this server is not yet a healthy voter"
-    sick = [s["Name"] for s in health["Servers"] or [] if not s["Healthy"]]
-    if not health["Healthy"]:
-        return f"unhealthy servers: {', '.join(sick) or 'no leader'}"
-    if need_spare and health["FailureTolerance"] < 1:
-        return "no server can be spared (failure tolerance 0)"
-    return None
-
-
-def leader_index(health: dict[str, Any]) -> int:
-    """The leader's last log index in an autopilot health answer."""
-    return max((s["LastIndex"] for s in health["Servers"] or [] if s["Leader"]), default=0)
-
-
-def behind(health: dict[str, Any], address: str, index: int) -> str | None:
-    """What is missing until the server at `address` has applied `index`."""
-    for member in health["Servers"] or []:
-        if member["Address"].split(":")[0] == address and member["LastIndex"] >= index:
-            return None
-    return f"its log has not reached index {index} yet"

@@ -63,10 +63,10 @@ def write(files: list[File]) -> Generator[str | FileUploadCommand]:
     if not differing:
         host.noop("all files are as they should be")
     for file in differing:
-        new = f"{file.dest}.new"
+        new = f"{file.dest}.new"  # touched last: a service that started meanwhile has not read it
         yield f"mkdir -p {PurePosixPath(file.dest).parent} && install -m 600 /dev/null {new}"
         yield FileUploadCommand(StringIO(file.text), new)
-        yield f"chown {file.owner} {new} && chmod {file.mode} {new} && mv -T {new} {file.dest}"
+        yield f"chown {file.owner} {new} && chmod {file.mode} {new} && touch {new} && mv -T {new} {file.dest}"
 
 
 @operation()

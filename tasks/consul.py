@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 from pyinfra import host, inventory
-from pyinfra.api import FunctionCommand, deploy, operation
+from pyinfra.api import deploy
 from pyinfra.api.host import Host
-from pyinfra.api.state import State
 
-from tasks import artifact, config, rolling
-from tasks.cluster import Unavailable, autopilot_fault, behind, consul_api, leader_index, wait_until
+from tasks import artifact, config, quorum, rolling
+from tasks.cluster import consul_api
 
 CONFIG = "/etc/consul.d/consul.hcl"
 UNIT = "/etc/systemd/system/consul.service"
@@ -52,32 +51,28 @@ def roll() -> None:
     rolling.wait_until_healthy(
         name="Wait until Consul has a leader", what="a Consul leader", fault=_leaderless
     )
-    set_min_quorum(
-        name="Let autopilot keep as many servers as there are", count=len(inventory.get_group("servers"))
+    rolling.change_by_api(
+        name="Let Consul's autopilot keep as many servers as there are",
+        differs=_other_min_quorum,
+        change=_set_min_quorum,
     )
 
 
-@operation()
-def set_min_quorum(count: int) -> Generator[FunctionCommand]:
+def _other_min_quorum() -> str | None:
     """The configuration file's value is read at the first election only; later ones go by the API."""
-    if wait_until("", lambda: _other_min_quorum(count), 0) is None:
-        host.noop(f"autopilot keeps {count} servers")
-        return
-    yield FunctionCommand(_set_min_quorum, (count,), {})
-
-
-def _other_min_quorum(count: int) -> str | None:
     with consul_api(host) as api:
-        return None if api.operator.autopilot.configuration()["MinQuorum"] == count else "another"
+        kept = api.operator.autopilot.configuration()["MinQuorum"]
+    return None if kept == len(inventory.get_group("servers")) else f"autopilot keeps {kept} servers"
 
 
-def _set_min_quorum(state: State, host: Host, count: int) -> bool:
+def _set_min_quorum() -> None:
     with consul_api(host) as api:
-        # ModifyIndex guards against another writer: cas is the index that we read.
         settings = api.operator.autopilot.configuration()
+        # The index that was read guards against another writer.
         index = settings.pop("ModifyIndex")
         settings.pop("CreateIndex")
-        return bool(api.operator.autopilot.update(settings | {"MinQuorum": count}, cas=index))
+        settings["MinQuorum"] = len(inventory.get_group("servers"))
+        api.operator.autopilot.update(settings, cas=index)
 
 
 def _leaderless() -> str | None:
@@ -95,57 +90,57 @@ def autopilot(member: Host) -> dict[str, Any]:
         return health
 
 
-def _is_server(member: Host) -> bool:
-    return "servers" in member.groups
-
-
-def _sick(member: Host) -> bool:
-    try:
-        return bool(autopilot_fault(autopilot(member), member.data.address)) and _is_server(member)
-    except (*Unavailable, ValueError):
-        return True
-
-
-def _rank(member: Host) -> int:
-    """Clients come after the leader: a newer client may not talk to older servers (since 1.19)."""
-    if _sick(member):
-        return 0
-    if not _is_server(member):
-        return 3
+def raft(member: Host) -> dict[str, str]:
+    """What the server on `member` itself knows about its log."""
     with consul_api(member) as api:
-        return 2 if api.status.leader().startswith(f"{member.data.address}:") else 1
+        statistics: dict[str, str] = api.agent.self()["Stats"]["raft"]
+        return statistics
+
+
+def _leader(member: Host) -> str:
+    with consul_api(member) as api:
+        leader: str = api.status.leader()
+        return leader
+
+
+QUORUM = quorum.Quorum(autopilot, raft, _leader)
 
 
 def _gate(member: Host) -> str | None:
-    if member.data.accept_outage or not _is_server(member) or _sick(member):
-        return None
-    return autopilot_fault(autopilot(member), need_spare=True)
+    return QUORUM.gate(member) or (None if member.data.accept_outage else _unchecked(member))
+
+
+def _unchecked(member: Host) -> str | None:
+    """A run cut off after a restart did not wait for the checks there: they have no output yet."""
+    with consul_api(member) as api:
+        unchecked = {c["Node"] for c in api.health.state("critical")[1] if not c["Output"]}
+    names = ", ".join(m.name for m in rolling.members("") if m.name in unchecked)
+    return f"checks have not run yet since Consul's restart on {names}" if names else None
 
 
 def passing_checks(member: Host) -> dict[str, bool]:
-    """Check id -> passes, of all checks on this node."""
+    """Check id -> passes, of all checks on this node, in the catalog and as its agent has it.
+
+    For half a second a restarted agent's checks still pass in the catalog: only the agent knows better.
+    """
     with consul_api(member) as api:
-        return {c["CheckID"]: c["Status"] == "passing" for c in api.health.node(member.name)[1]}
+        agent = {c["CheckID"]: c["Status"] for c in api.agent.checks().values()}
+        catalog = {c["CheckID"]: c["Status"] for c in api.health.node(member.name)[1]}
+    return {check: agent.get(check, status) == status == "passing" for check, status in catalog.items()}
+
+
+def still_failing(member: Host, passed: set[str]) -> str | None:
+    """Which of the checks that passed before a restart do not pass again."""
+    failing = [name for name, ok in passing_checks(member).items() if not ok and name in passed]
+    return f"checks not passing yet: {', '.join(failing)}" if failing else None
 
 
 def _recovery(member: Host) -> Callable[[], str | None]:
-    """The next host waits until this one is a healthy voter, its log has reached what the leader's
-    was before the restart, and the checks that passed before pass again: a restarted agent brings
-    its checks back as critical, and three quick restarts would empty HAProxy's backends."""
-    sick = _sick(member)
-    index = 0 if sick or not _is_server(member) else leader_index(autopilot(member))
-    passed = set() if sick else {check for check, ok in passing_checks(member).items() if ok}
-
-    def check() -> str | None:
-        if _is_server(member):
-            health = autopilot(member)
-            fault = autopilot_fault(health, member.data.address) or behind(health, member.data.address, index)
-            if fault:
-                return fault
-        failing = [name for name, ok in passing_checks(member).items() if not ok and name in passed]
-        return f"checks not passing yet: {', '.join(failing)}" if failing else None
-
-    return check
+    """The next host waits for its checks, too: a restarted agent brings them back as critical, and three
+    quick restarts would empty HAProxy's backends."""
+    caught_up = QUORUM.recovery(member)
+    passed = set() if QUORUM.sick(member) else {name for name, ok in passing_checks(member).items() if ok}
+    return lambda: caught_up() or still_failing(member, passed)
 
 
-SERVICE = rolling.Service(unit="consul", files=FILES, rank=_rank, gate=_gate, recovery=_recovery)
+SERVICE = rolling.Service(unit="consul", files=FILES, rank=QUORUM.rank, gate=_gate, recovery=_recovery)

@@ -25,7 +25,7 @@ from pyinfra.api.host import Host, HostData
 from pyinfra.api.state import State
 from pyinfra.operations import systemd
 
-from tasks import config
+from tasks import config, shell
 from tasks.cluster import Unavailable, consul_api, wait_until
 
 COLOURS = ("blue", "green")
@@ -443,7 +443,7 @@ def _run(member: Host, command: str, stdin: str | None = None, timeout_s: int = 
     """The lines that `command` prints on a worker, as root. Raises Failed, or Lost."""
     try:
         with gevent.Timeout(timeout_s, TimeoutError(f"no answer in {timeout_s} s")):
-            ok, output = member.run_shell_command(command, _sudo=True, _stdin=stdin)
+            ok, output = shell.run(member, command, _stdin=stdin)
             if not ok:  # a connection that broke looks like a command that failed, without a word
                 member.run_shell_command("true")
     except (SSHException, EOFError, OSError) as error:

@@ -21,7 +21,7 @@ from pyinfra.api.state import State
 from pyinfra.facts.docker import DockerImage
 from pyinfra.facts.server import Arch
 
-from tasks import artifact, cluster, held, image, rolling
+from tasks import artifact, cluster, held, image, rolling, serving, shell
 from tasks.registry import DEBIAN_ARCH
 
 _MANIFEST = "application/vnd.docker.distribution.manifest.v2+json, application/vnd.oci.image.manifest.v1+json"
@@ -45,7 +45,7 @@ def notice_loss() -> None:
 
 def _get(member: Host, path: str) -> requests.Response | None:
     """What the registry on `member` has at /v2/<app>/<path>; None for nothing, else Unavailable."""
-    with cluster.forward(member, member.data.registry_port) as port, cluster._session() as http:
+    with cluster.forward(member, member.data.registry_port) as port, cluster.http_session() as http:
         url = f"http://127.0.0.1:{port}/v2/{member.data.app_name}/{path}"
         answer = http.get(url, headers={"Accept": _MANIFEST}, timeout=cluster.TIMEOUT_S)
     if answer.status_code == 404:
@@ -65,7 +65,7 @@ def catalogue(member: Host, most: int = 20) -> dict[str, str]:
     tags = _get(member, "tags/list")
     versions = (tags.json()["tags"] or []) if tags else []
     newest = sorted(versions, key=artifact.order, reverse=True)[:most]
-    with cluster.forward(member, member.data.registry_port) as port, cluster._session() as http:
+    with cluster.forward(member, member.data.registry_port) as port, cluster.http_session() as http:
         url = f"http://127.0.0.1:{port}/v2/{member.data.app_name}/manifests"
         answers = {
             version: http.head(f"{url}/{version}", headers={"Accept": _MANIFEST}, timeout=cluster.TIMEOUT_S)
@@ -132,12 +132,9 @@ def said(error: Exception) -> str:
 def run(member: Host, command: str) -> str | None:
     """Run `command` on `member` as root; the last line of its errors if it fails."""
     try:
-        ok, output = member.run_shell_command(command, _sudo=True)
+        return shell.fault(member, command)
     except (EOFError, *cluster.Unavailable) as error:
         return f"{member.name} does not answer ({said(error)})"
-    if ok:
-        return None
-    return (output.stderr_lines or output.stdout_lines or ["no message"])[-1].strip()
 
 
 @operation()
@@ -249,3 +246,42 @@ def _pull(state: State, host: Host, version: str) -> bool:
     except cluster.Unavailable as error:
         fault = said(error)
     return not fault or _left_behind(state, host, f"{version} cannot be pulled: {fault}")
+
+
+# A worker that is new or was away
+
+
+@operation()
+def resync() -> Generator[FunctionCommand]:
+    """Bring what the other registries hold to this worker's own, and what runs to its Docker.
+
+    A worker that joins or was away would otherwise be sent instances whose image it cannot get.
+    """
+    versions = _lacking()
+    if not versions:
+        host.noop("it holds what the others hold")
+    for version in versions:
+        yield FunctionCommand(_copy, (version,), {})
+    for version in _running():
+        yield from pull._inner(version=version)
+
+
+def _lacking() -> list[str]:
+    """Versions that only other registries hold; those that do not answer are left out."""
+    others = {version for member in rolling.members("workers") for version in _versions(member)}
+    return sorted(others - _versions(host))
+
+
+def _versions(member: Host) -> set[str]:
+    try:
+        answer = _get(member, "tags/list")
+    except cluster.Unavailable:
+        return set()
+    return set(answer.json()["tags"] or []) if answer else set()
+
+
+def _running() -> set[str]:
+    try:
+        return serving.running_versions() - {"unknown"}
+    except cluster.Unavailable:
+        return set()

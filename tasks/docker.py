@@ -12,7 +12,7 @@ from pyinfra.api.host import Host
 from pyinfra.api.state import State
 from pyinfra.facts.files import File
 
-from tasks import cluster, config, containers, rolling
+from tasks import cluster, config, containers, rolling, shell
 from tasks.nomad import node
 
 CONFIG = "/etc/docker/daemon.json"
@@ -95,9 +95,9 @@ def _drain(member: Host) -> str | None:
     node_id = node(member).get("ID")
     if not node_id:
         return None
-    marked, _ = member.run_shell_command(f"touch {DRAINED}", _sudo=True)
-    if not marked:
-        return f"{DRAINED} cannot be written"
+    unmarked = shell.fault(member, f"touch {DRAINED}")
+    if unmarked:
+        return unmarked
     with cluster.nomad_api(member) as api:
         spec = {"Deadline": int(member.data.roll_deadline_s * 1e9), "IgnoreSystemJobs": True}
         api.node.drain_node_with_spec(node_id, spec, mark_eligible=False)
@@ -109,7 +109,22 @@ def _drain(member: Host) -> str | None:
 
 
 def _recovery(member: Host) -> Callable[[], str | None]:
-    return lambda: _take_back(member) if member.data.scheduler == "nomad" else None
+    """What else ran in its containers, such as the registry, is back too."""
+    before = _other_services(member)
+
+    def check() -> str | None:
+        fault = _take_back(member) if member.data.scheduler == "nomad" else None
+        missing = ", ".join(sorted(before - _other_services(member)))
+        return fault or (f"not passing yet: {missing}" if missing else None)
+
+    return check
+
+
+def _other_services(member: Host) -> set[str]:
+    """The services whose checks pass on this worker, without the app: its instances have moved."""
+    with cluster.consul_api(member) as api:
+        passing = {c["ServiceName"] for c in api.health.node(member.name)[1] if c["Status"] == "passing"}
+    return passing - {member.data.app_name}
 
 
 def _take_back(member: Host) -> str | None:
@@ -120,8 +135,7 @@ def _take_back(member: Host) -> str | None:
     with cluster.nomad_api(member) as api:
         # Not eligible_node(): that leaves a drain under way in place, which this ends.
         api.node.drain_node_with_spec(mine["ID"], None, mark_eligible=True)
-    removed, _ = member.run_shell_command(f"rm -f {DRAINED}", _sudo=True)
-    return None if removed else f"{DRAINED} cannot be removed"
+    return shell.fault(member, f"rm -f {DRAINED}")
 
 
 @operation()

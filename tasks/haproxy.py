@@ -18,7 +18,7 @@ from pyinfra import host
 from pyinfra.api import FactBase, deploy, operation
 from pyinfra.api.host import Host
 
-from tasks import artifact, config, rolling
+from tasks import artifact, config, rolling, shell
 
 LIVE = "/etc/haproxy/haproxy.cfg"
 WITHOUT_SERVERS = "/etc/haproxy/without-servers.cfg"  # what LIVE is but for its server lines
@@ -63,7 +63,12 @@ def _configure() -> None:
     config.write(
         name="Configure consul-template and haproxy-apply",
         files=[
-            config.File(SETTINGS, config.render("haproxy/consul-template.hcl.j2")),
+            config.File(
+                SETTINGS,
+                config.render("haproxy/consul-template.hcl.j2"),
+                mode="640",
+                owner="root:consul-template",
+            ),
             config.File(TEMPLATE, config.render("haproxy/haproxy.cfg.j2", discover=True)),
             config.File(WITHOUT_SERVERS, config.render("haproxy/haproxy.cfg.j2", discover=False)),
             config.File(APPLY, config.render("haproxy/haproxy-apply"), mode="755"),
@@ -132,5 +137,5 @@ def fault_of(member: Host) -> str | None:
         f" elif ! grep -v '^ *server ' {LIVE} | cmp -s - {WITHOUT_SERVERS};"
         " then echo consul-template has not rendered the current template yet; fi"
     )
-    ok, output = member.run_shell_command(command, _sudo=True)
+    ok, output = shell.run(member, command)
     return output.stdout.strip() or (None if ok else f"cannot ask: {output.stderr}")

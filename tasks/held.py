@@ -8,7 +8,7 @@ import gevent  # type: ignore[import-untyped]
 from paramiko import SSHException
 from pyinfra.api.host import Host, HostData
 
-from tasks import rolling
+from tasks import rolling, shell
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,7 @@ def images(member: Host) -> Images:
     ask = f"docker image inspect --format '{labels} {{{{join .RepoDigests \" \"}}}}'"
     name = repository(member.data)
     try:
-        _, output = member.run_shell_command(
-            f"docker images --quiet --no-trunc {name} | sort -u | xargs -r {ask}", _sudo=True
-        )
+        _, output = shell.run(member, f"docker images --quiet --no-trunc {name} | sort -u | xargs -r {ask}")
     except (SSHException, EOFError, OSError):
         return {}
     return parse(output.stdout_lines, name)

@@ -13,7 +13,7 @@ from consul import Consul
 from pyinfra import host, logger, state
 from pyinfra.api import operation
 
-from tasks import lock
+from tasks import lock, rolling
 from tasks.cluster import Unavailable
 
 KEY = "hashistack/release/history"
@@ -85,8 +85,11 @@ _digest_of: Callable[[str], str] = str
 def begin(
     action: str, version: str, settled: Callable[[str], bool], digest_of: Callable[[str], str]
 ) -> Generator[str]:
-    """Note that this run has begun, unless `version` is in service already. Never counts as a change."""
-    if state.is_executing:
+    """Note that this run has begun, unless `version` is in service already. Never counts as a change.
+
+    Called on every host, like lock.hold, and done by one.
+    """
+    if state.is_executing and rolling.driver():
         try:
             host.noop(_begin(action, version, settled, digest_of))
         except Unavailable as error:

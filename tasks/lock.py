@@ -203,11 +203,15 @@ def _trust(member: Host) -> tuple[bool, bool, str]:
 def hold(what: str, needed: bool = True) -> Generator[FunctionCommand]:
     """Hold the lock from here on, until `give_back` or the end of the run.
 
-    Acts by itself and yields nothing, so that it never counts as a change. Not `needed`: go on without
-    where Consul does not answer, as on new hosts.
+    To be called on every host, though one asks for all: pyinfra would let the next operation of a host
+    that does not call it go first. Acts by itself and yields nothing, so that it never counts as a
+    change. Not `needed`: go on without where Consul does not answer, as on new hosts.
     """
     if not state.is_executing:
         return  # a look at what would change must not take it
+    if host.name != min(member.name for member in state.active_hosts):
+        host.noop("another host asks")
+        return
     refused = _hold(what, needed)
     if refused:
         yield FunctionCommand(_refuse, (refused,), {})

@@ -11,9 +11,9 @@ from pyinfra.api import FunctionCommand, deploy, operation
 from pyinfra.api.host import Host
 from pyinfra.api.state import State
 
-from tasks import artifact, config, rolling
-from tasks.cluster import Unavailable, autopilot_fault, behind, leader_index, nomad_api, wait_until
-from tasks.consul import passing_checks
+from tasks import artifact, config, quorum, rolling
+from tasks.cluster import Unavailable, nomad_api, wait_until
+from tasks.consul import passing_checks, still_failing
 
 CONFIG = "/etc/nomad.d/nomad.hcl"
 UNIT = "/etc/systemd/system/nomad.service"
@@ -51,6 +51,26 @@ def roll() -> None:
         return
     rolling.roll(name="Restart Nomad where it is stale, one host at a time", service=SERVICE)
     join(name="Wait until Nomad has a leader and its clients are ready")
+    rolling.change_by_api(
+        name="Let Nomad's autopilot keep as many servers as there are",
+        differs=_other_min_quorum,
+        change=_set_min_quorum,
+    )
+
+
+def _other_min_quorum() -> str | None:
+    """As in tasks/consul.py. python-nomad has no calls for autopilot, so its requester is used."""
+    with nomad_api(host) as api:
+        kept = api.operator.request("autopilot", "configuration", method="get").json()["MinQuorum"]
+    return None if kept == len(inventory.get_group("servers")) else f"autopilot keeps {kept} servers"
+
+
+def _set_min_quorum() -> None:
+    with nomad_api(host) as api:
+        settings = api.operator.request("autopilot", "configuration", method="get").json()
+        settings["MinQuorum"] = len(inventory.get_group("servers"))
+        cas = {"cas": settings["ModifyIndex"]}
+        api.operator.request("autopilot", "configuration", method="put", json=settings, params=cas)
 
 
 @operation()
@@ -111,29 +131,20 @@ def autopilot(member: Host) -> dict[str, Any]:
         return health
 
 
-def _is_server(member: Host) -> bool:
-    return "servers" in member.groups
+def raft(member: Host) -> dict[str, str]:
+    """What the server on `member` itself knows about its log."""
+    with nomad_api(member) as api:
+        statistics: dict[str, str] = api.agent.get_agent()["stats"]["raft"]
+        return statistics
 
 
-def _sick(member: Host) -> bool:
-    try:
-        return _is_server(member) and bool(autopilot_fault(autopilot(member), member.data.address))
-    except Unavailable:
-        return True
-
-
-def _rank(member: Host) -> int:
-    if _sick(member):
-        return 0
+def _leader(member: Host) -> str:
     with nomad_api(member) as api:
         leader: str = api.status.leader.get_leader()
-        return 2 if leader.startswith(f"{member.data.address}:") else 1
+        return leader
 
 
-def _gate(member: Host) -> str | None:
-    if member.data.accept_outage or not _is_server(member) or _sick(member):
-        return None
-    return autopilot_fault(autopilot(member), need_spare=True)
+QUORUM = quorum.Quorum(autopilot, raft, _leader)
 
 
 def node(member: Host) -> dict[str, Any]:
@@ -144,25 +155,22 @@ def node(member: Host) -> dict[str, Any]:
 
 
 def _recovery(member: Host) -> Callable[[], str | None]:
-    """As for Consul (tasks/consul.py), and the client on this host is ready again."""
-    sick = _sick(member)
-    index = 0 if sick or not _is_server(member) else leader_index(autopilot(member))
-    passed = {check for check, ok in passing_checks(member).items() if ok}
+    """The client on this host is ready again, too, and so are the checks that Nomad has in Consul."""
+    caught_up = QUORUM.recovery(member)
+    passed = {name for name, ok in passing_checks(member).items() if ok}
 
     def check() -> str | None:
-        if _is_server(member):
-            health = autopilot(member)
-            fault = autopilot_fault(health, member.data.address) or behind(health, member.data.address, index)
-            if fault:
-                return fault
-        if node(member).get("Status") != "ready":
-            return "its client is not ready yet"
-        failing = [name for name, ok in passing_checks(member).items() if not ok and name in passed]
-        return f"checks not passing yet: {', '.join(failing)}" if failing else None
+        unready = None if node(member).get("Status") == "ready" else "its client is not ready yet"
+        return caught_up() or unready or still_failing(member, passed)
 
     return check
 
 
 SERVICE = rolling.Service(
-    unit="nomad", files=FILES, group="workers", rank=_rank, gate=_gate, recovery=_recovery
+    unit="nomad",
+    files=FILES,
+    group="workers",
+    rank=QUORUM.rank,
+    gate=QUORUM.gate,
+    recovery=_recovery,
 )

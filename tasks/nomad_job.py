@@ -226,7 +226,7 @@ def _log(api: Nomad, allocation: dict[str, Any]) -> str:
     return ""
 
 
-def restore(api: Nomad, job_id: str, number: int, say: Callable[[str], Any]) -> str:
+def restore(api: Nomad, job_id: str, number: int, say: Callable[[str], Any], poll_s: float = 0.5) -> str:
     """After a failure: wait until what Nomad went back to is stable. Answers how that went.
 
     The very first version has nothing to go back to: its job is removed, as before the release.
@@ -239,7 +239,7 @@ def restore(api: Nomad, job_id: str, number: int, say: Callable[[str], Any]) -> 
         return "no version has ever been healthy, so the job is removed"
     old = job["Meta"]["version"]
     say(f"failed; going back to {old}")
-    fault = follow(api, job_id, job["Version"], lambda line: say(f"back to {old}: {line}"))
+    fault = follow(api, job_id, job["Version"], lambda line: say(f"back to {old}: {line}"), poll_s=poll_s)
     return f"going back to {old} failed too: {fault}" if fault else f"{old} serves as before"
 
 
@@ -260,7 +260,7 @@ def _refusing(what: str) -> Iterator[None]:
     try:
         yield
     except Unavailable as error:
-        raise DeployError(f"{host.name}: {what}: {distribute.said(error)}") from None
+        raise DeployError(f"{host.name}: {what}: {distribute.said(error)}; run deploy.py") from None
 
 
 def _hcl(version: str) -> str:

@@ -8,7 +8,7 @@ from pyinfra import host, inventory, logger, state
 from pyinfra.api import DeployError, FactBase, operation
 from pyinfra.facts.server import LinuxDistribution
 
-from tasks import artifact
+from tasks import artifact, registry, rolling
 
 
 def check_hosts() -> None:
@@ -37,7 +37,10 @@ def check_host() -> None:
         logger.warning(f"{host.print_prefix}Debian 13 is untested")
     elif release != "debian 12":
         raise DeployError(f"{host.name}: runs {distro['name']}; use Debian 12 (13 is untested)")
-    for line in scheduler_change() + artifact.faults(host, tools()):
+    lines = scheduler_change() + artifact.faults(host, tools())
+    if "workers" in host.groups:
+        lines += registry.faults()
+    for line in lines:
         raise DeployError(line)
     for line in artifact.unsigned(host):
         logger.warning(f"{host.print_prefix}{line}")
@@ -81,6 +84,8 @@ def scheduler_change() -> list[str]:
 def check_groups() -> None:
     """The groups make a cluster."""
     count = len(inventory.get_group("servers"))
+    if not rolling.driver():
+        return
     if count not in (3, 5):
         logger.warning(
             f"{count} servers: {'no majority survives a split' if count % 2 == 0 else 'a quorum needs more'}"

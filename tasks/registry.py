@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import tarfile
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 from nomad import Nomad
 from pyinfra import host
-from pyinfra.api import FileUploadCommand, FunctionCommand, StringCommand, deploy, operation
+from pyinfra.api import FileUploadCommand, StringCommand, deploy, operation
 from pyinfra.api.command import QuoteString
-from pyinfra.api.host import Host
-from pyinfra.api.state import State
 from pyinfra.facts.docker import DockerImage
-from pyinfra.facts.server import Arch
+from pyinfra.facts.server import Arch, Which
 
 from tasks import config, containers, rolling
-from tasks.cluster import consul_api, nomad_api, wait_until
+from tasks.cluster import consul_api, nomad_api
 from tasks.mirror import cache_dir
 
 DEBIAN_ARCH = {"x86_64": "amd64", "aarch64": "arm64"}
@@ -24,15 +24,37 @@ DEBIAN_ARCH = {"x86_64": "amd64", "aarch64": "arm64"}
 
 @deploy("Registry")
 def install() -> None:
+    for image, tar in host.loop(list(images().items())):
+        load_image(name=f"Load the image {image}", image=image, tar=tar)
+
+
+def images() -> dict[str, Path]:
+    """Image -> the file on the controller that holds it, for this host's architecture."""
     arch = DEBIAN_ARCH[host.get_fact(Arch)]
-    for name, image in host.loop(
-        [("registry", host.data.registry_image), ("app-base", host.data.app_base_image)]
-    ):
-        load_image(
-            name=f"Load the image {image}",
-            image=image,
-            tar=cache_dir() / "images" / f"{name}_{arch}.tar",
-        )
+    names = {"registry": host.data.registry_image, "app-base": host.data.app_base_image}
+    return {image: cache_dir() / "images" / f"{name}_{arch}.tar" for name, image in names.items()}
+
+
+def faults() -> list[str]:
+    """What keeps this worker from getting its images, a line each. Changes nothing."""
+    return [
+        f"{host.name}: {image} is not in {tar}; make it with `python3 -m lab.images {tar.stem.split('_')[1]}`"
+        for image, tar in images().items()
+        if image.startswith("hashistack/") and not holds(tar, image) and not _loaded(image)
+    ]
+
+
+def _loaded(image: str) -> bool:
+    return bool(host.get_fact(Which, command="docker") and host.get_fact(DockerImage, object_id=image))
+
+
+def holds(tar: Path, image: str) -> bool:
+    """Whether a file made by `docker save` has this image; a changed knob may name another one."""
+    if not tar.exists():
+        return False
+    with tarfile.open(tar) as file:
+        manifest = file.extractfile("manifest.json")
+        return manifest is not None and any(image in one["RepoTags"] for one in json.load(manifest))
 
 
 @deploy("Registry")
@@ -42,7 +64,7 @@ def run() -> None:
         containers.run_registry()
     leads = host.name == rolling.members("workers")[0].name
     if leads and host.data.scheduler == "nomad":
-        register_job(name="Run a registry on each worker")
+        rolling.change_by_api(name="Run a registry on each worker", differs=_job_differs, change=_register)
     if leads:
         rolling.wait_until_healthy(
             name="Wait until each registry answers", what="the registries", fault=_missing
@@ -54,21 +76,12 @@ def load_image(image: str, tar: Path) -> Generator[FileUploadCommand | StringCom
     """Load `image` from a `docker save` file on the controller, or pull it where there is none."""
     if host.get_fact(DockerImage, object_id=image):
         host.noop(f"{image} is loaded")
-    elif tar.exists():
+    elif holds(tar, image):
         upload = f"/var/tmp/{tar.name}"
         yield FileUploadCommand(str(tar), upload)
         yield StringCommand("docker load -q -i", QuoteString(upload), "&& rm", QuoteString(upload))
     else:
         yield StringCommand("docker pull -q", QuoteString(image))
-
-
-@operation()
-def register_job() -> Generator[FunctionCommand]:
-    """Register the registry's job where Nomad's plan shows a difference."""
-    if wait_until("", _job_differs, 0) is None:
-        host.noop("the registry's job is as it should be")
-        return
-    yield FunctionCommand(_register, (), {})
 
 
 def _job_differs() -> str | None:
@@ -83,11 +96,10 @@ def _job(api: Nomad) -> dict[str, Any]:
     return parsed
 
 
-def _register(state: State, host: Host) -> bool:
+def _register() -> None:
     with nomad_api(host) as api:
         job = _job(api)
         api.job.register_job(job["ID"], {"Job": job})
-    return True
 
 
 def _missing() -> str | None:

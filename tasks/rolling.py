@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 
 from pyinfra import host, logger, state
 from pyinfra.api import FactBase, FunctionCommand, operation
-from pyinfra.api.arguments import CONNECTOR_ARGUMENT_KEYS
 from pyinfra.api.host import Host
 from pyinfra.api.state import State
 
-from tasks import cluster, lock
+from tasks import cluster, lock, shell
 
 
 class UnitState(FactBase[str]):
@@ -77,9 +76,7 @@ class Service:
 
 def run(member: Host, unit: str) -> str | None:
     """Restart `unit` on `member`, whichever host this is called for."""
-    data = member.data.dict()  # has _sudo and the like, which only operations take from there by themselves
-    how = {key: data[key] for key in CONNECTOR_ARGUMENT_KEYS if key in data}
-    ok, output = member.run_shell_command(restart_command(unit), **how)
+    ok, output = shell.run(member, restart_command(unit))
     return None if ok else f"systemctl restart {unit}: {(output.stderr_lines or ['failed'])[0]}"
 
 
@@ -151,6 +148,26 @@ def _restart(service: Service, member: Host) -> str | None:
         f"{unit} to recover", recovered, deadline_s, say
     )
     return fault and f"{fault}; see journalctl -u {unit} there"
+
+
+@operation()
+def change_by_api(
+    differs: Callable[[], str | None], change: Callable[[], object]
+) -> Generator[FunctionCommand]:
+    """Call `change` where `differs` says how the cluster is not as it should be, or does not answer yet."""
+    if cluster.wait_until("", differs, 0) is None:
+        host.noop("as it should be")
+        return
+    yield FunctionCommand(_change, (change,), {})
+
+
+def _change(state: State, host: Host, change: Callable[[], object]) -> bool:
+    try:
+        change()
+    except cluster.Unavailable as error:
+        logger.error(f"{host.print_prefix}{error or type(error).__name__}; run deploy.py again")
+        return False
+    return True
 
 
 @operation()

@@ -20,7 +20,7 @@ def instances(entries: list[dict[str, Any]]) -> set[Instance]:
     """Consul's health entries of the app's service as instances."""
     return {
         (
-            entry["Service"].get("Meta", {}).get("version", "unknown"),
+            (entry["Service"].get("Meta") or {}).get("version", "unknown"),
             entry["Service"]["Address"] or entry["Node"]["Address"],
             entry["Service"]["Port"],
         )
@@ -90,7 +90,7 @@ def exactly(version: str) -> Callable[[], str | None]:
 
 def stats(member: Host) -> str:
     """HAProxy's statistics on a proxy, as CSV."""
-    with cluster.forward(member, member.data.haproxy_stats_port) as port, cluster._session() as http:
+    with cluster.forward(member, member.data.haproxy_stats_port) as port, cluster.http_session() as http:
         answer = http.get(f"http://127.0.0.1:{port}/;csv", timeout=cluster.TIMEOUT_S)
     answer.raise_for_status()
     return answer.text
@@ -114,7 +114,7 @@ def failing_checks(worker: str, allocation_id: str) -> str:
 def failures(checks: dict[str, dict[str, Any]], allocation_id: str) -> str:
     """The words of one allocation's checks that do not pass, from a Consul agent's checks."""
     outputs = [
-        " ".join(check["Output"].split())
+        " ".join(check["Output"].split()).removesuffix(" Output:")
         for check in checks.values()
         if allocation_id in check["ServiceID"] and check["Status"] != "passing"
     ]

@@ -13,7 +13,7 @@ import gevent  # type: ignore[import-untyped]
 from pyinfra import state
 from pyinfra.api.host import Host
 
-from tasks import artifact, consul, distribute, haproxy, held, history, lock, nomad, nomad_job, serving
+from tasks import artifact, consul, distribute, haproxy, held, history, lock, nomad, nomad_job, serving, shell
 from tasks.cluster import Unavailable, consul_api, nomad_api
 
 Found = dict[str, Any]
@@ -77,7 +77,7 @@ def _host(member: Host) -> Found:
     }
     if found["reached"]:
         fact = artifact.Tools()
-        _, output = member.run_shell_command(fact.command(), _sudo=True)
+        _, output = shell.run(member, fact.command())
         found["tools"] = {
             tool: {
                 "running": now.running,

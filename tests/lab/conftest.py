@@ -27,7 +27,8 @@ def as_found(request: pytest.FixtureRequest) -> Iterator[str]:
     version = hosts.running_version()
     yield version
     if request.node.user_properties:
-        hosts.start_all()
+        if hosts.SETTINGS.provider == "docker":
+            hosts.power_on(*hosts.HOSTS)
         for script in (["deploy.py"], ["release.py", "--data", f"version={version}"]):
             run = hosts.pyinfra(*script)
             print(f"putting the lab back: {' '.join(script)}: exit code {run.code}\n{run.output[-2000:]}")

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 
 from group_data import all as knobs
 from tests.lab import hosts
 from tests.lab.watch import PORTS, Watch
 from tests.load import Load
 
-# A knob of each service that restarts it and changes nothing that anybody would notice.
+# Knobs that restart a service and change nothing that anybody would notice.
 CHANGES = {
     "consul": f"consul_raft_multiplier={knobs.consul_raft_multiplier + 1}",
     "nomad": "nomad_image_delay=721h",
-    "docker": f"docker_log_max_file={knobs.docker_log_max_file + 1}",
 }
-ROLLED = [*PORTS, "docker"]
 
 
 def test_second_run_changes_nothing() -> None:
@@ -27,24 +27,39 @@ def test_second_run_changes_nothing() -> None:
     assert (run.code, run.changed, run.failed) == (0, {}, {}), run.output
 
 
-def test_change_rolls_and_interrupted_way_back_converges(load: Load) -> None:
+def test_change_rolls_and_interrupted_way_back_converges(load: Load, tmp_path: Path) -> None:
+    most_on_a_worker = Counter(name.split("-")[2] for name in hosts.haproxy_servers()).most_common(1)[0][1]
     with Watch() as watch:
         leaders = {service: leader(service) for service in PORTS}
-        run = hosts.pyinfra("deploy.py", *(f"--data={CHANGES[name]}" for name in ROLLED))
+        run = hosts.pyinfra("deploy.py", *(f"--data={CHANGES[service]}" for service in PORTS))
         assert run.code == 0, run.output
-        order = restarts(run.output)
         for service in PORTS:
-            assert sorted(order[service]) == hosts.names("servers")
-            assert order[service][-1] == leaders[service]
-            assert watch.stops(service) == order[service]
-        assert sorted(order["docker"]) == hosts.names("workers")
+            order = restarts(run.output, service)
+            assert sorted(order) == hosts.names("servers")
+            assert order[-1] == leaders[service]
+            assert watch.stops(service) == order
 
-        for service in ROLLED:
-            kill_deploy_at(f"restarting {service}")
+        for service in PORTS:
+            kill_deploy_once(lambda log, last=f"restarting {service}": last in log, tmp_path / "log")
         run = hosts.pyinfra("deploy.py")
         assert run.code == 0, run.output
         for service in PORTS:
             assert set(watch.stops(service)[3:]) == set(hosts.names("servers"))
+        assert watch.fewest_servers() >= knobs.app_count - most_on_a_worker
+    test_second_run_changes_nothing()
+
+
+def test_docker_restarts_after_its_instances_have_left(load: Load, tmp_path: Path) -> None:
+    """On one worker, at the second try: the first is cut off while they leave."""
+    address = next(iter(hosts.haproxy_servers())).split("-")[2]
+    worker = next(name for name, data in hosts.HOSTS.items() if data["address"] == address)
+    change = f"--data=docker_log_max_file={knobs.docker_log_max_file + 1}"
+    only = ("--limit", worker, "--data=only=docker")
+    kill_deploy_once(lambda _: address not in str(hosts.consul_instances()), tmp_path / "log", *only, change)
+    for arguments in ((*only, change), only):
+        run = hosts.pyinfra("deploy.py", *arguments)
+        assert run.code == 0, run.output
+        assert restarts(run.output, "docker") == [worker]
     test_second_run_changes_nothing()
 
 
@@ -55,28 +70,18 @@ def leader(service: str) -> str:
     return next(name for name, data in hosts.HOSTS.items() if data["address"] == address)
 
 
-def restarts(output: str) -> dict[str, list[str]]:
-    """Service -> the hosts that a run restarted it on, in order."""
-    found = re.findall(r"\[(\S+)\]\s+restarting (\S+)", output)
-    return {service: [host for host, name in found if name == service] for service in ROLLED}
+def restarts(output: str, service: str) -> list[str]:
+    """The hosts that a run restarted the service on, in order."""
+    return re.findall(rf"\[(\S+)\]\s+restarting {service}", output)
 
 
-def kill_deploy_at(line: str) -> None:
-    """Begin deploy.py and kill it when it prints `line`."""
-    run = subprocess.Popen(
-        [sys.executable, "-m", "pyinfra", "-y", "inventory.py", "deploy.py"],
-        cwd=hosts.ROOT,
-        env=os.environ | {"PYINFRA_YES": "1"},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-    assert run.stderr
-    with run.stderr:
-        printed = []
-        for printed_line in run.stderr:
-            printed.append(printed_line)
-            if line in printed_line:
-                run.kill()
-                break
-    assert run.wait() == -signal.SIGKILL, "".join(printed)
+def kill_deploy_once(it_is_time: Callable[[str], bool], log: Path, *arguments: str) -> None:
+    """Begin deploy.py, and kill it as soon as this is true of what it has printed."""
+    command = [sys.executable, "-m", "pyinfra", "-y", "inventory.py", "deploy.py", *arguments]
+    with log.open("w") as out:
+        run = subprocess.Popen(command, cwd=hosts.ROOT, stdout=out, stderr=out)
+    try:
+        hosts.wait_for("the moment to kill it", lambda: run.poll() is not None or it_is_time(log.read_text()), 120)
+    finally:
+        run.kill()
+    assert run.wait() == -signal.SIGKILL, log.read_text()

@@ -1,4 +1,4 @@
-"""Watches what each server says of its leader, while something is done to the servers."""
+"""Watches the servers' leaders and HAProxy's backend while something is done to the hosts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import threading
 from types import TracebackType
+from typing import NamedTuple
 
 from group_data import all as knobs
 from tests.lab import hosts
@@ -13,44 +14,50 @@ from tests.lab import hosts
 PORTS = {"consul": knobs.consul_http_port} | (
     {"nomad": knobs.nomad_http_port} if hosts.SCHEDULER == "nomad" else {}
 )
-DOWN = "down"
-# Ends with its standard input. A line for each change: time, service, what it says.
-_LOOP = """
+# Both end with their standard input, and print a line for each change: time, what, what it says.
+_LEADERS = r"""
 declare -A last
 while read -t 0.1 -r _; [ $? -gt 128 ]; do
-    for service in %s; do
-        name=${service%%:*}
+    for service in SERVICES; do
         says=$( (exec 3<>/dev/tcp/127.0.0.1/${service#*:} || { echo down; exit; }
-            printf 'GET /v1/status/leader HTTP/1.0\\r\\n\\r\\n' >&3; tail -n 1 <&3) 2>/dev/null)
-        [ "$says" = "${last[$name]-}" ] || echo "$EPOCHREALTIME $name ${says:-nothing}"
-        last[$name]=$says
+            printf 'GET /v1/status/leader HTTP/1.0\r\n\r\n' >&3; tail -n 1 <&3) 2>/dev/null)
+        [ "$says" = "${last[$service]-}" ] || echo "$EPOCHREALTIME ${service%:*} ${says:-nothing}"
+        last[$service]=$says
     done
 done
-""" % " ".join(f"{name}:{port}" for name, port in PORTS.items())
+""".replace("SERVICES", " ".join(f"{name}:{port}" for name, port in PORTS.items()))
+_BACKEND = r"""
+while read -t 0.1 -r _; [ $? -gt 128 ]; do
+    says=$(grep -c '^ *server ' /etc/haproxy/haproxy.cfg)
+    [ "$says" = "$last" ] || echo "$EPOCHREALTIME backend $says"
+    last=$says
+done
+"""
+
+
+class Change(NamedTuple):
+    """time in s; what: consul, nomad or backend; says: "down", a quoted leader, HAProxy's servers, or else."""
+
+    time: float
+    what: str
+    host: str
+    says: str
 
 
 class Watch:
-    """changes: time (s), service, server and what it says: "down", '"<leader's address>:<port>"', or else."""
+    """From entering its `with` block to leaving it."""
 
     def __init__(self) -> None:
-        self.changes: list[tuple[float, str, str, str]] = []
+        self.changes: list[Change] = []
         self._loops: list[subprocess.Popen[str]] = []
         self._readers: list[threading.Thread] = []
 
     def __enter__(self) -> Watch:
-        for server in hosts.names("servers"):
-            command = f"bash -c {shlex.quote(_LOOP)}"
-            loop = subprocess.Popen(
-                ["ssh", "-F", str(hosts.SSH_CONFIG), server, command],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            self._loops.append(loop)
-            self._readers.append(threading.Thread(target=self._read, args=(server, loop)))
-        for reader in self._readers:
-            reader.start()
-        hosts.wait_for("the first leaders", lambda: len(self.changes) == len(PORTS) * len(self._loops))
+        for host in hosts.names("servers"):
+            self._start(host, _LEADERS)
+        self._start(hosts.names("proxies")[0], _BACKEND)
+        expected = len(PORTS) * len(hosts.names("servers")) + 1
+        hosts.wait_for("the first answers", lambda: len(self.changes) == expected)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
@@ -60,20 +67,34 @@ class Watch:
         for reader in self._readers:
             reader.join()
 
-    def _read(self, server: str, loop: subprocess.Popen[str]) -> None:
+    def _start(self, host: str, script: str) -> None:
+        loop = subprocess.Popen(
+            ["ssh", "-F", str(hosts.SSH_CONFIG), host, f"bash -c {shlex.quote(script)}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._loops.append(loop)
+        self._readers.append(threading.Thread(target=self._read, args=(host, loop)))
+        self._readers[-1].start()
+
+    def _read(self, host: str, loop: subprocess.Popen[str]) -> None:
         assert loop.stdout
         for line in loop.stdout:
-            time, service, says = line.split(maxsplit=2)
-            self.changes.append((float(time), service, server, says.strip()))
+            time, what, says = line.split(maxsplit=2)
+            self.changes.append(Change(float(time), what, host, says.strip()))
 
     def stops(self, service: str) -> list[str]:
-        """The servers that went down, in order; fails if one did while another did not know a leader."""
-        says: dict[str, str] = {}
-        stopped = []
-        for time, _, server, now in sorted(c for c in self.changes if c[1] == service):
-            if now == DOWN:
-                others = {name: said for name, said in says.items() if name != server}
-                assert all(said.startswith('"1') for said in others.values()), f"{time}: {server} of {others}"
-                stopped.append(server)
-            says[server] = now
-        return stopped
+        """The servers that went down, in order. Fails if one did while the cluster was not whole: a leader
+        takes a moment to stop, so what counts is what all said 2 s before."""
+        mine = sorted(change for change in self.changes if change.what == service)
+        stops = [change for change in mine if change.says == "down"]
+        for stop in stops:
+            said = {c.host: c.says for c in mine if c.time < stop.time - 2}
+            whole = len(set(said.values())) == 1 and said[stop.host].startswith('"1')
+            assert whole, f"{service} on {stop.host} was stopped while {said}"
+        return [stop.host for stop in stops]
+
+    def fewest_servers(self) -> int:
+        """The shortest that HAProxy's backend was."""
+        return min(int(change.says) for change in self.changes if change.what == "backend")

@@ -1,4 +1,4 @@
-"""The way to the APIs through a real SSH server on loopback, and what their answers mean."""
+"""The way to the APIs through a real SSH server on loopback."""
 
 import json
 import os
@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Thread, active_count
 from types import SimpleNamespace
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import paramiko
 import pytest
@@ -24,7 +24,6 @@ from tasks import cluster
 from tests.unit.ssh_server import ssh_server
 
 ROOT = Path(__file__).parents[2]
-RECORDED = Path(__file__).parent / "recorded"
 
 
 class Api(BaseHTTPRequestHandler):
@@ -113,10 +112,12 @@ def test_bytes_pass_unchanged_both_ways(host: Host, api: int) -> None:
 
 
 def test_the_port_is_closed_at_the_end(host: Host, api: int) -> None:
+    threads = active_count()
     with cluster.forward(host, api) as port:
         socket.create_connection(("127.0.0.1", port)).close()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port))
+    assert eventually(lambda: active_count() <= threads)
 
 
 def test_the_port_is_closed_after_an_exception_too(host: Host, api: int) -> None:
@@ -127,13 +128,13 @@ def test_the_port_is_closed_after_an_exception_too(host: Host, api: int) -> None
 
 
 def test_nothing_listening_is_an_error_at_once(host: Host, closed_port: int) -> None:
-    with cluster.forward(host, closed_port) as port, pytest.raises(cluster.Unavailable):
+    with cluster.forward(host, closed_port) as port, pytest.raises(requests.ConnectionError):
         requests.get(f"http://127.0.0.1:{port}", timeout=5)
 
 
 def test_a_lost_ssh_connection_is_an_error_at_once(host: Host, api: int) -> None:
     host.connector.client.get_transport().close()  # type: ignore[attr-defined]
-    with cluster.forward(host, api) as port, pytest.raises(cluster.Unavailable):
+    with cluster.forward(host, api) as port, pytest.raises(requests.ConnectionError):
         requests.get(f"http://127.0.0.1:{port}", timeout=5)
 
 
@@ -262,66 +263,3 @@ def test_progress_is_shown_every_five_seconds(clock: Clock) -> None:
     lines: list[str] = []
     cluster.wait_until("a leader", answers("none yet"), 16, lines.append)
     assert lines == [f"waiting {second} s for a leader: none yet" for second in (5, 10, 16)]
-
-
-# What real servers answered: three of Consul 1.14.11 and of Nomad 2.0.5, of which worker-03 was killed.
-
-
-def recorded(name: str) -> dict[str, Any]:
-    answer: dict[str, Any] = json.loads((RECORDED / f"autopilot-{name}.json").read_text())
-    return answer
-
-
-NETWORK = {"consul": "127.0.2.", "nomad": "127.0.1."}
-tools = pytest.mark.parametrize("tool", NETWORK)
-
-
-@tools
-def test_a_healthy_cluster_can_spare_one(tool: str) -> None:
-    assert cluster.autopilot_fault(recorded(f"{tool}-healthy"), need_spare=True) is None
-
-
-@tools
-def test_the_sick_one_is_named_and_none_can_be_spared(tool: str) -> None:
-    fault = cluster.autopilot_fault(recorded(f"{tool}-one-dead"), need_spare=True)
-    assert fault is not None
-    assert fault.startswith("unhealthy servers: worker-03")
-
-
-@tools
-@pytest.mark.parametrize(("last", "well"), [("11", True), ("12", True), ("13", False), ("99", False)])
-def test_a_server_is_judged_by_itself(tool: str, last: str, well: bool) -> None:
-    """Else every healthy server looked sick beside a sick one, and would be restarted without a gate."""
-    fault = cluster.autopilot_fault(recorded(f"{tool}-one-dead"), NETWORK[tool] + last)
-    assert fault == (None if well else "this server is not yet a healthy voter")
-
-
-@tools
-def test_a_server_without_a_vote_is_not_well(tool: str) -> None:
-    health = recorded(f"{tool}-healthy")
-    for server in health["Servers"]:
-        server["Voter"] = False
-    assert cluster.autopilot_fault(health, NETWORK[tool] + "11") is not None
-
-
-def test_two_healthy_servers_cannot_spare_one() -> None:
-    health = {**recorded("consul-healthy"), "FailureTolerance": 0}
-    assert cluster.autopilot_fault(health) is None
-    assert cluster.autopilot_fault(health, need_spare=True) == "no server can be spared (failure tolerance 0)"
-
-
-def test_a_new_leader_that_knows_nobody_yet_is_a_fault() -> None:
-    health = recorded("nomad-new-leader")
-    assert cluster.autopilot_fault(health) == "unhealthy servers: no leader"
-    assert cluster.autopilot_fault(health, "127.0.1.11") == "this server is not yet a healthy voter"
-    assert cluster.leader_index(health) == 0
-
-
-@tools
-def test_a_server_that_has_not_reached_the_leaders_index_is_behind(tool: str) -> None:
-    health = recorded(f"{tool}-healthy")
-    index = cluster.leader_index(health)
-    assert index == {"consul": 25, "nomad": 7}[tool]
-    assert cluster.behind(health, NETWORK[tool] + "11", index) is None
-    assert cluster.behind(health, NETWORK[tool] + "11", index + 1) is not None
-    assert cluster.behind(health, NETWORK[tool] + "99", index) is not None

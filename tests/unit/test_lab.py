@@ -117,7 +117,7 @@ def test_a_network_goes_with_its_last_host(tmp_path: Path, monkeypatch: pytest.M
     removed: list[str] = []
     monkeypatch.setattr(hosts, "containers", lambda: [container(tmp_path, False)])
     monkeypatch.setattr(hosts, "succeeds", lambda *_: True)
-    monkeypatch.setattr(hosts, "run", lambda *argv: removed.append(argv[-1]))
+    monkeypatch.setattr(hosts, "quietly", lambda *argv: removed.append(argv[-1]))
     hosts.remove_network("192.168.56")
     hosts.remove_network("192.168.57")
     assert removed == ["vagrant_network_192.168.57.0/24"]

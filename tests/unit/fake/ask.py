@@ -11,7 +11,7 @@ for _ in range(20):
         leader = consul.status.leader()
     with cluster.nomad_api(host) as nomad:
         region = nomad.regions.get_regions()
-with cluster.forward(host, host.data.closed_port) as port, cluster._session() as http:
+with cluster.forward(host, host.data.closed_port) as port, cluster.http_session() as http:
     try:
         http.get(f"http://127.0.0.1:{port}", timeout=cluster.TIMEOUT_S)
         refused = False

@@ -31,7 +31,8 @@ def take(ask: lock.Ask, what: str, say: lock.Say) -> Lock:
 lock.take = take  # type: ignore[assignment]
 
 preflight.stop_at_first_failure(name="Stop at the first failure")
-if rolling.driver():
-    lock.hold(name="Let no other run begin", what="test", needed=world.load().get("needed", True))
+lock.hold(name="Let no other run begin", what="test", needed=world.load().get("needed", True))
+if not rolling.driver():
+    server.shell(name="Go ahead", commands=["go ahead"])
 server.shell(name="Go on", commands=["go on"])
 lock.give_back(name="Let the next run begin")
