@@ -88,6 +88,7 @@ class Lock:
         self.ask, self.session, self.holder = ask, session, holder
         self.lost: str | None = None
         self.ended = False
+        self.seen = time.monotonic()  # the last answer of Consul
 
     def beat(self) -> bool:
         """Renew the session and take or keep the lock; False while another run has it."""
@@ -101,22 +102,25 @@ class Lock:
         return bool(self.ask(step))
 
     def keep(self) -> None:
-        """Give signs of life until the end. A silent Consul may still have the lock for us: that heals."""
-        seen = time.monotonic()
-        while not self.ended:
+        """Give signs of life until the end, or until the session is gone."""
+        while not self.ended and self.check():
             gevent.sleep(BEAT_S)
-            try:
-                held = self.ended or self.beat()
-            except NotFound:
-                held = False
-            except Unavailable as error:
-                if time.monotonic() - seen > 2 * TTL_S:
-                    self.lost = f"Consul has not answered for {2 * TTL_S} s ({error or type(error).__name__})"
-                continue
-            if not held:
-                self.lost = "Consul has ended this run's session"
-                return
-            seen, self.lost = time.monotonic(), None
+
+    def check(self) -> bool:
+        """One sign of life; sets `lost`. False once the session is gone for good.
+
+        A silent Consul may still have the lock for us: that is a loss only for as long as it lasts.
+        """
+        try:
+            gone = not self.ended and not self.beat()
+        except NotFound:
+            gone = True
+        except Unavailable as error:
+            if time.monotonic() - self.seen > 2 * TTL_S:
+                self.lost = f"Consul has not answered for {2 * TTL_S} s ({error or type(error).__name__})"
+            return True
+        self.seen, self.lost = time.monotonic(), "Consul has ended this run's session" if gone else None
+        return not gone
 
     def give_back(self) -> None:
         """Released first: destroying a session that holds a lock would start the lock-delay."""
@@ -174,7 +178,9 @@ _mine: Lock | None = None
 
 
 def fault() -> str | None:
-    """Why this run must start nothing new, or None. Without a lock there is nothing to lose."""
+    """Why this run must start nothing new, or None: Consul is asked. Without a lock there is none to lose."""
+    if _mine and not _mine.lost:
+        _mine.check()
     reason = _mine.lost if _mine else None
     return reason and f"the lock was lost: {reason}; run the same again to go on"
 

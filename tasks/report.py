@@ -298,4 +298,4 @@ def _lock_line(lock: Found | None) -> str:
     if not lock:
         return "free"
     held = f"{lock['who']} since {lock['since']} for: {lock['what']}"
-    return f"held by {held}" if lock["alive"] else f"left by a run that crashed, free again soon: {held}"
+    return f"held by {held}" if lock["alive"] else f"left by a run that crashed or lost it: {held}"

@@ -173,11 +173,15 @@ def test_a_session_that_was_ended_is_the_loss_of_the_lock(consul: Consul, clock:
     assert mine.lost == "Consul has ended this run's session"
 
 
-def test_a_run_without_a_lock_has_none_to_lose(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_before_a_step_consul_is_asked_anew(consul: Consul, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "_mine", None)
     assert lock.fault() is None
-    monkeypatch.setattr(lock, "_mine", SimpleNamespace(lost="gone"))
-    assert lock.fault() == "the lock was lost: gone; run the same again to go on"
+    mine = take(consul)
+    monkeypatch.setattr(lock, "_mine", mine)
+    assert lock.fault() is None
+    consul.destroy(mine.session)
+    gone = "the lock was lost: Consul has ended this run's session; run the same again to go on"
+    assert lock.fault() == gone
 
 
 # Through pyinfra's real engine: the lock around one operation (fake/locked.py).
