@@ -125,6 +125,9 @@ def by_all() -> held.Images:
 class Lock:
     lost = None
 
+    def check(self) -> bool:
+        return True
+
     def give_back(self) -> None:
         pass
 
