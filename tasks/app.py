@@ -10,7 +10,7 @@ from pyinfra.api import DeployError, FunctionCommand, operation
 from pyinfra.api.host import Host
 from pyinfra.api.state import State
 
-from tasks import cluster, containers, distribute, image, nomad_job, rolling, serving
+from tasks import cluster, containers, distribute, image, nomad_job, preflight, rolling, serving
 from tasks import version as versions
 
 
@@ -25,6 +25,8 @@ def wanted_version() -> str:
 
 def check(version: str) -> None:
     """Refuse in one line, in prepare, what cannot end well. Reads only; call it on one worker."""
+    for line in preflight.scheduler_change():
+        raise DeployError(line)
     for member in rolling.members("workers"):
         try:
             distribute.digest(member, version)
