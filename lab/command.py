@@ -29,9 +29,14 @@ class Failed(LabError):
 def run(*argv: str, env: dict[str, str] | None = None) -> None:
     """Run in the project's folder, output to the terminal. Raises LabError."""
     try:
-        status = subprocess.run(argv, cwd=ROOT, env=os.environ | ENV | (env or {})).returncode
+        process = subprocess.Popen(argv, cwd=ROOT, env=os.environ | ENV | (env or {}))
     except FileNotFoundError:
         raise LabError(f"{argv[0]} is missing: install it, and run again") from None
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        process.wait()  # the terminal interrupts it, too: let it tidy up
+        raise
     if status:
         raise LabError(f"`{shlex.join(argv)}` failed with exit code {status}: see above")
 

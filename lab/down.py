@@ -19,7 +19,7 @@ TRACES = (".venv", ".vagrant", ".mypy_cache", ".ruff_cache", ".pytest_cache")
 
 def down() -> None:
     """Remove hosts, their volumes and networks, and the lab's settings."""
-    made = hosts.known_ids()
+    made = hosts.machines(finished=True) | hosts.machines(finished=False)
     if made and not controller.engine_answers():
         with stage("Start Docker"):
             controller.start_engine()

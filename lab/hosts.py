@@ -79,29 +79,52 @@ def network_name(network: str) -> str:
     return f"vagrant_network_{network}.0/24"
 
 
+def machines(finished: bool) -> dict[str, str]:
+    """Name -> id of the machines that Vagrant made in this folder, or only began to make.
+
+    The last thing it does for a new machine is to write the key that it has made for it.
+    """
+    ids = VAGRANT.glob("machines/*/*/id")
+    return {
+        file.parts[-3]: file.read_text().strip()
+        for file in ids
+        if file.with_name("private_key").exists() == finished
+    }
+
+
 def known_ids() -> set[str]:
     """The ids of the machines that Vagrant made in this folder."""
-    return {file.read_text().strip() for file in VAGRANT.glob("machines/*/*/id")}
+    return set(machines(finished=True).values())
 
 
 def leftovers(found: list[Container], ours: set[str], network: str) -> list[Container]:
-    """The containers that no folder answers for: it is gone, or it is ours and Vagrant lost its notes.
+    """The containers that are in the way: no folder answers for them, or `vagrant up` was interrupted.
+
+    The folder is gone, or it is ours and Vagrant lost its notes, or has none that it finished.
 
     Raises LabError if another checkout's lab runs at our addresses. One that stopped is not in the way.
     """
     lost = []
     for container in found:
-        if container.id in ours:
+        at_our_addresses = network_name(network) in container.networks
+        if container.id in ours and at_our_addresses:
             continue
         if container.folder == str(ROOT) or not Path(container.folder).exists():
             lost.append(container)
-        elif container.running and network_name(network) in container.networks:
+        elif container.running and at_our_addresses:
             raise LabError(
                 f"the lab of {container.folder} is running at the same addresses: "
                 f"`make -C {container.folder} down` first, or choose another NETWORK: "
                 f"{NETWORKS[0]} to {NETWORKS[-1]}"
             )
     return lost
+
+
+def destroy_unfinished() -> None:
+    """Remove what an interrupted `vagrant up` began: the next one would take it for finished."""
+    if names := machines(finished=False):
+        print(f"    removing what was only begun: {', '.join(sorted(names))}", flush=True)
+        quietly("vagrant", "destroy", "--force", *names)
 
 
 def remove(found: list[Container]) -> None:
@@ -119,12 +142,15 @@ def remove_network(network: str) -> None:
         quietly("docker", "network", "rm", name)
 
 
-def proxy_runs(provider: str) -> bool:
-    """Our first proxy holds the controller's port. Docker is asked; other providers are believed."""
+def hold_port(provider: str, port: int) -> bool:
+    """The controller's port is taken by a host of ours, or by one whose folder is gone, which we remove."""
     if provider != "docker":
-        return True
-    ids = {file.read_text().strip() for file in VAGRANT.glob("machines/proxy-01/docker/id")}
-    return any(c.running and c.id in ids for c in containers())
+        return any(VAGRANT.glob(f"machines/proxy-*/{provider}/id"))
+    if not succeeds("docker", "version"):
+        return False
+    line = '{{.Label "' + LABEL + '"}}'
+    found = output("docker", "ps", f"--filter=label={LABEL}", f"--filter=publish={port}", f"--format={line}")
+    return any(folder == str(ROOT) or not Path(folder).exists() for folder in found.splitlines())
 
 
 def all_run(provider: str) -> bool:
@@ -168,8 +194,7 @@ def missing(provider: str) -> dict[str, str]:
     known = known_ids()
     if provider == "docker":
         known &= {container.id for container in containers()}
-    ids = VAGRANT.glob(f"machines/*/{provider}/id")
-    made = {file.parts[-3] for file in ids if file.read_text().strip() in known}
+    made = {name for name, id_ in machines(finished=True).items() if id_ in known}
     return {name: address for name, address in addresses().items() if name not in made}
 
 

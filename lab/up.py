@@ -29,7 +29,7 @@ def main() -> None:
     start = time.monotonic()
     hosts_exist = bool(hosts.known_ids())
     lab = settings.choose(settings.load(), os.environ, hosts_exist)
-    check(lab, hosts_exist)
+    check(lab)
     lab.save()  # an interrupted run goes on with the shape that was asked for
     prepare_controller()
     with stage("Look for what an earlier lab left"):
@@ -49,12 +49,12 @@ def main() -> None:
     print(farewell(lab.http_port, time.monotonic() - start))
 
 
-def check(lab: Settings, hosts_exist: bool) -> None:
+def check(lab: Settings) -> None:
     """Refuse in one line, before anything starts, what cannot end well. Raises LabError."""
     if sys.version_info < (3, 11):  # noqa: UP036 - the system's python3 runs this
         raise LabError(f"Python {platform.python_version()}: use 3.11 or newer")
     arch()
-    if not port_is_free(lab.http_port) and not (hosts_exist and hosts.proxy_runs(lab.provider)):
+    if not port_is_free(lab.http_port) and not hosts.hold_port(lab.provider, lab.http_port):
         raise LabError(
             f"port {lab.http_port} on localhost is in use: stop what listens there, or "
             f"`make up HTTP_PORT={lab.http_port + 1}`"
@@ -98,6 +98,7 @@ def prepare_controller() -> None:
 
 def sweep(network: str) -> None:
     hosts.remove(hosts.leftovers(hosts.containers(), hosts.known_ids(), network))
+    hosts.destroy_unfinished()
 
 
 def fill_mirror(lab: Settings, hosts_exist: bool) -> None:

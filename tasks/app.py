@@ -10,7 +10,19 @@ from pyinfra.api import DeployError, FunctionCommand, operation
 from pyinfra.api.host import Host
 from pyinfra.api.state import State
 
-from tasks import cluster, containers, distribute, held, history, image, lock, nomad_job, rolling, serving
+from tasks import (
+    cluster,
+    containers,
+    distribute,
+    held,
+    history,
+    image,
+    lock,
+    nomad_job,
+    preflight,
+    rolling,
+    serving,
+)
 from tasks import version as versions
 
 
@@ -25,6 +37,8 @@ def wanted_version() -> str:
 
 def check(version: str) -> None:
     """Refuse in one line, in prepare, what cannot end well. Reads only; call it on one worker."""
+    for line in preflight.scheduler_change():
+        raise DeployError(line)
     kept = held.by_all().get(version)
     if kept:  # no registry is needed, so none has to answer
         _check_source(version, kept.source)

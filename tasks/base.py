@@ -25,7 +25,9 @@ def install_packages(packages: list[str]) -> Generator[str]:
         host.noop("all packages are installed")
         return
     yield "apt-get update -q"
-    yield from apt.packages._inner(packages=missing, no_recommends=True)
+    # An interrupted run's apt may still be at work, or the system's own.
+    wait = f"-o DPkg::Lock::Timeout={host.data.roll_deadline_s}"
+    yield from apt.packages._inner(packages=missing, no_recommends=True, extra_install_args=wait)
 
 
 def packages() -> list[str]:

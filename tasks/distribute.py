@@ -155,9 +155,12 @@ def _build(state: State, host: Host, version: str) -> bool:
             return True
         context = image.build_context(folder, DEBIAN_ARCH[host.get_fact(Arch)])
         logger.info(f"{host.print_prefix}building {tag}")
-        host.put_file(BytesIO(context), tar, _sudo=True)
-        command = build_command(host.data.app_base_image, tag, version, image.source_hash(folder), tar)
-        fault = run(host, command) or run(host, f"docker push -q {tag}")
+        if host.put_file(BytesIO(context), tar, _sudo=True):
+            command = build_command(host.data.app_base_image, tag, version, image.source_hash(folder), tar)
+            fault = run(host, command) or run(host, f"docker push -q {tag}")
+        else:
+            run(host, f"rm -f {tar}")
+            fault = f"{tar} cannot be written, see above"
     except (image.ImageError, *cluster.Unavailable) as error:
         fault = said(error)
     if fault:
@@ -171,7 +174,7 @@ def build_command(base: str, tag: str, version: str, source: str, tar: str) -> s
     labels = {"hashistack.source": source, "hashistack.version": version}
     words = [f"--build-arg {shlex.quote(f'{key}={value}')}" for key, value in arguments.items()]
     words += [f"--label {shlex.quote(f'{key}={value}')}" for key, value in labels.items()]
-    return f"trap 'rm -f {tar}' EXIT; docker build -q -t {tag} {' '.join(words)} - < {tar}"
+    return f"trap 'rm -f {tar}' EXIT; docker build -q --force-rm -t {tag} {' '.join(words)} - < {tar}"
 
 
 @operation()

@@ -37,13 +37,37 @@ def check_host() -> None:
         logger.warning(f"{host.print_prefix}Debian 13 is untested")
     elif release != "debian 12":
         raise DeployError(f"{host.name}: runs {distro['name']}; use Debian 12 (13 is untested)")
-    lines = scheduler_change() + artifact.faults(host, tools())
+    lines = wrong_address() + scheduler_change() + artifact.faults(host, tools())
     if "workers" in host.groups:
         lines += registry.faults()
     for line in lines:
         raise DeployError(line)
     for line in artifact.unsigned(host):
         logger.warning(f"{host.print_prefix}{line}")
+
+
+class OtherAddresses(FactBase[list[str]]):
+    """The addresses that the host has instead of `address`; none if it has that one."""
+
+    default = list
+
+    def command(self, address: str) -> str:
+        show = "ip -o -4 addr show"
+        return f"{show} | grep -F ' {address}/' >/dev/null || {show} scope global | awk '{{print $4}}'"
+
+    def process(self, output: Iterable[str]) -> list[str]:
+        return list(output)
+
+
+def wrong_address() -> list[str]:
+    """A line if this host's address is on none of its NICs: every service would wait for it."""
+    others = host.get_fact(OtherAddresses, address=host.data.address)
+    if not others:
+        return []
+    return [
+        f"{host.name}: {host.data.address} is on none of its NICs, which have {', '.join(others)};"
+        " correct `address` in inventory.py, or attach the NIC"
+    ]
 
 
 def tools() -> list[str]:

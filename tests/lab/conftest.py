@@ -23,7 +23,7 @@ def pytest_runtest_makereport(
 
 @pytest.fixture
 def as_found(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The version that runs; after a failed test the hosts, their configuration and this version are put back."""
+    """The version that runs; after a failed test the hosts, their settings and this version are put back."""
     version = hosts.running_version()
     yield version
     if request.node.user_properties:

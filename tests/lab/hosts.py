@@ -110,8 +110,9 @@ def api(host: str, port: int, path: str) -> Any:  # noqa: ANN401
     """GET from an API on a host's loopback: its JSON, or its text. Bare hosts have no curl, but bash."""
     request = rf"GET {path} HTTP/1.0\r\n\r\n"
     answer = on(host, f"exec 3<>/dev/tcp/127.0.0.1/{port}; printf '{request}' >&3; cat <&3")
-    head, _, body = answer.partition("\n\n")
-    return json.loads(body) if "application/json" in head else body
+    _, _, body = answer.partition("\n\n")
+    # Consul calls the JSON of an unhealthy answer plain text.
+    return json.loads(body) if body[:1] in ("{", "[", '"') else body
 
 
 def power_off(*members: str) -> None:
@@ -125,8 +126,7 @@ def power_off(*members: str) -> None:
 def power_on(*members: str) -> None:
     """Start what is off, and wait until SSH answers."""
     subprocess.run(["docker", "start", *map(_container, members)], check=True, capture_output=True)
-    for host in members:
-        wait_for(f"{host} to boot", lambda host=host: on(host, "echo up"))
+    wait_for("SSH to answer", lambda: on_all(list(members), "true"))
 
 
 def _container(host: str) -> str:
@@ -147,12 +147,12 @@ class Run:
         return [line.strip() for line in self.output.splitlines() if re.search(pattern, line)]
 
 
-def pyinfra(script: str, *arguments: str) -> Run:
+def pyinfra(script: str, *arguments: str, **environment: str) -> Run:
     """`pyinfra -y inventory.py <script> <arguments>`, with the results that --json reports."""
     done = subprocess.run(
         [sys.executable, "-m", "pyinfra", "-y", "--json", "inventory.py", script, *arguments],
         cwd=ROOT,
-        env=os.environ | {"PYINFRA_YES": "1"},
+        env=os.environ | {"PYINFRA_YES": "1"} | environment,
         capture_output=True,
         text=True,
         timeout=900,
@@ -204,7 +204,25 @@ def serving() -> set[str] | None:
     return set(servers) if servers and all_up and set(servers) == consul_instances() else None
 
 
-def wait_for(what: str, check: Callable[[], Any], deadline_s: float = 60) -> Any:
+def whole() -> set[str] | None:
+    """The instances that serve, once every server is a healthy voter, and every worker and check is well."""
+    server = names("servers")[0]
+    clusters = [knobs.consul_http_port, *([knobs.nomad_http_port] if SCHEDULER == "nomad" else [])]
+    for port in clusters:
+        health = api(server, port, "/v1/operator/autopilot/health")
+        if not health["Healthy"] or len(health["Servers"]) != len(names("servers")):
+            return None
+    if api(server, knobs.consul_http_port, "/v1/health/state/critical"):
+        return None
+    if SCHEDULER == "nomad":
+        nodes = api(server, knobs.nomad_http_port, "/v1/nodes")
+        ready = [n for n in nodes if (n["Status"], n["SchedulingEligibility"]) == ("ready", "eligible")]
+        if len(ready) != len(names("workers")):
+            return None
+    return serving()
+
+
+def wait_for(what: str, check: Callable[[], Any], deadline_s: float = 60) -> Any:  # noqa: ANN401
     """Ask until the answer is true and give it back; fail once `deadline_s` has passed."""
     end = time.monotonic() + deadline_s
     problem: object = "never true"
@@ -212,7 +230,7 @@ def wait_for(what: str, check: Callable[[], Any], deadline_s: float = 60) -> Any
         try:
             if answer := check():
                 return answer
-        except (OSError, AssertionError, ValueError) as error:
+        except (OSError, AssertionError, ValueError, TypeError) as error:
             problem = error
         time.sleep(0.3)
     raise AssertionError(f"{what}: not within {deadline_s:.0f} s ({problem})")

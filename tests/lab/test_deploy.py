@@ -1,4 +1,4 @@
-"""deploy.py on a running cluster, under load: nothing to do, a change that rolls, and one cut off half-way."""
+"""deploy.py on a running cluster, under load: nothing to do, a change that rolls, a run cut off."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from group_data import all as knobs
@@ -40,7 +41,7 @@ def test_change_rolls_and_interrupted_way_back_converges(load: Load, tmp_path: P
             assert watch.stops(service) == order
 
         for service in PORTS:
-            kill_deploy_once(lambda log, last=f"restarting {service}": last in log, tmp_path / "log")
+            kill_deploy_once(partial(says, f"restarting {service}"), tmp_path / "log")
         run = hosts.pyinfra("deploy.py")
         assert run.code == 0, run.output
         for service in PORTS:
@@ -75,13 +76,17 @@ def restarts(output: str, service: str) -> list[str]:
     return re.findall(rf"\[(\S+)\]\s+restarting {service}", output)
 
 
+def says(line: str, log: str) -> bool:
+    return line in log
+
+
 def kill_deploy_once(it_is_time: Callable[[str], bool], log: Path, *arguments: str) -> None:
     """Begin deploy.py, and kill it as soon as this is true of what it has printed."""
     command = [sys.executable, "-m", "pyinfra", "-y", "inventory.py", "deploy.py", *arguments]
     with log.open("w") as out:
         run = subprocess.Popen(command, cwd=hosts.ROOT, stdout=out, stderr=out)
     try:
-        hosts.wait_for("the moment to kill it", lambda: run.poll() is not None or it_is_time(log.read_text()), 120)
+        hosts.wait_for("the moment to kill it", lambda: it_is_time(log.read_text()), 120)
     finally:
         run.kill()
     assert run.wait() == -signal.SIGKILL, log.read_text()

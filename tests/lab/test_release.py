@@ -21,7 +21,11 @@ RESHAPED = (
 )
 SICK = {
     # gunicorn cannot load it, says why, and exits.
-    "crash": ('app = Flask(__name__)', 'raise SystemExit("no database: giving up")', "no database: giving up"),
+    "crash": (
+        "app = Flask(__name__)",
+        'raise SystemExit("no database: giving up")',
+        "no database: giving up",
+    ),
     # It runs, but never says that it is well.
     "mute": ('_plain("OK\\n")', 'Response("warming up", 503)', "503 Service Unavailable|Booting worker"),
 }

@@ -36,7 +36,7 @@ done
 
 
 class Change(NamedTuple):
-    """time in s; what: consul, nomad or backend; says: "down", a quoted leader, HAProxy's servers, or else."""
+    """time in s; what: consul, nomad, backend; says: "down", a quoted leader, how many servers, or else."""
 
     time: float
     what: str

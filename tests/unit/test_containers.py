@@ -48,6 +48,7 @@ class Worker:
         self.lost = False
         self.served = False
         self.data = SimpleNamespace(
+            dict=dict,  # pyinfra's has all data; shell.run takes the connector's arguments from it
             **{
                 "address": "192.168.56.11",
                 "app_name": "app",
@@ -66,7 +67,7 @@ class Worker:
                 "registry_image": "hashistack/registry:2",
                 "roll_deadline_s": 30,
                 **data,
-            }
+            },
         )
 
     def run_shell_command(

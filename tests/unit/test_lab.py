@@ -67,20 +67,20 @@ def test_without_hosts_everything_is_open_again() -> None:
 
 
 def test_a_busy_port_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hosts, "proxy_runs", lambda provider: False)
+    monkeypatch.setattr(hosts, "hold_port", lambda provider, port: False)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(LabError, match=f"port {port} on localhost is in use"):
-            up.check(Settings(http_port=port), hosts_exist=False)
+            up.check(Settings(http_port=port))
 
 
 def test_our_own_proxy_may_hold_the_port(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hosts, "proxy_runs", lambda provider: True)
+    monkeypatch.setattr(hosts, "hold_port", lambda provider, port: True)
     monkeypatch.setattr(up, "port_is_free", lambda port: False)
     monkeypatch.setattr(up.controller, "missing_packages", list)
-    up.check(Settings(), hosts_exist=True)
+    up.check(Settings())
 
 
 def test_elsewhere_than_on_debian_what_to_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +88,7 @@ def test_elsewhere_than_on_debian_what_to_install_is_named(monkeypatch: pytest.M
     monkeypatch.setattr(up.controller, "missing_packages", lambda: ["vagrant", "gpg"])
     monkeypatch.setattr(up.controller, "can_install", lambda: False)
     with pytest.raises(LabError, match="lacks vagrant, gpg: install them"):
-        up.check(Settings(), hosts_exist=False)
+        up.check(Settings())
 
 
 def container(folder: Path, running: bool, id_: str = "a", network: str = "192.168.56") -> Container:
@@ -102,6 +102,24 @@ def test_only_what_no_folder_answers_for_is_left_over(tmp_path: Path) -> None:
     deleted = container(tmp_path / "gone", True, "deleted")
     stopped = container(tmp_path, False, "stopped")
     assert hosts.leftovers([ours, orphan, deleted, stopped], {"ours"}, "192.168.56") == [orphan, deleted]
+
+
+def test_a_machine_without_a_key_of_its_own_is_unfinished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "VAGRANT", tmp_path)
+    for name in ("worker-01", "worker-02"):
+        folder = tmp_path / "machines" / name / "docker"
+        folder.mkdir(parents=True)
+        (folder / "id").write_text(f"id of {name}")
+    (tmp_path / "machines" / "worker-01" / "docker" / "private_key").touch()
+    assert hosts.machines(finished=True) == {"worker-01": "id of worker-01"}
+    assert hosts.machines(finished=False) == {"worker-02": "id of worker-02"}
+
+
+def test_a_host_that_never_got_its_private_nic_is_made_afresh() -> None:
+    half_made = container(settings.ROOT, True, "ours", network="192.168.57")
+    assert hosts.leftovers([half_made], {"ours"}, "192.168.56") == [half_made]
 
 
 def test_a_running_lab_of_another_folder_is_named(tmp_path: Path) -> None:

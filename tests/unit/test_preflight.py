@@ -87,6 +87,15 @@ def test_an_unsupported_system_is_refused(pyinfra: Pyinfra, name: str, identity:
     assert re.fullmatch(rf"@fake/worker-02: runs {name}.*; use Debian 12 \(13 is untested\)", line)
 
 
+def test_an_address_that_no_nic_has_is_refused(pyinfra: Pyinfra) -> None:
+    answers = {"worker-02": {"ip -o -4 addr": ["172.17.0.4/16", "10.0.0.4/24"]}}
+    line = refusal(pyinfra("check.py", *VERSIONS, state={}, answers=answers))
+    assert line == (
+        "@fake/worker-02: 192.168.56.12 is on none of its NICs, which have 172.17.0.4/16, 10.0.0.4/24;"
+        " correct `address` in inventory.py, or attach the NIC"
+    )
+
+
 def test_debian_13_is_called_untested(pyinfra: Pyinfra) -> None:
     run = pyinfra(
         "check.py", *VERSIONS, state={}, answers={"worker-02": distribution("Debian", "debian", "13")}

@@ -1,0 +1,49 @@
+"""What breaks by itself: the stack serves again without anybody's help."""
+
+from __future__ import annotations
+
+import pytest
+
+from group_data import all as knobs
+from tests.lab import hosts
+
+pytestmark = pytest.mark.usefixtures("as_found")
+cuts_power = pytest.mark.skipif(hosts.SETTINGS.provider != "docker", reason="cuts Docker hosts' power")
+
+WORKERS = hosts.names("workers")
+COUNT = knobs.app_count if hosts.SCHEDULER == "nomad" else len(WORKERS)
+
+
+def test_killed_instance_is_replaced() -> None:
+    """HAProxy lets it go, and finds the one that takes its place."""
+    before = hosts.serving()
+    assert before
+    address, port = min(before).split("-")[2:]
+    worker = next(name for name, data in hosts.HOSTS.items() if data["address"] == address)
+    hosts.on(worker, f"docker kill $(docker ps --quiet --filter publish={port})")
+    hosts.wait_for("HAProxy to notice", lambda: hosts.haproxy_servers().get(min(before)) != "UP")
+    hosts.wait_for("another to take its place", lambda: len(hosts.serving() or ()) == COUNT)
+
+
+@cuts_power
+def test_each_host_loses_power() -> None:
+    """One after the other, each back before the next."""
+    for host in hosts.HOSTS:
+        hosts.power_off(host)
+        if host in WORKERS:
+            hosts.wait_for(f"the others to serve without {host}", hosts.running_version)
+        hosts.power_on(host)
+        hosts.wait_for(f"the cluster to be whole with {host}", is_whole, 180)
+
+
+@cuts_power
+def test_all_hosts_lose_power() -> None:
+    hosts.power_off(*hosts.HOSTS)
+    hosts.power_on(*hosts.HOSTS)
+    hosts.wait_for("the cluster to be whole", is_whole, 300)
+    run = hosts.pyinfra("deploy.py")
+    assert (run.code, run.changed) == (0, {}), run.output
+
+
+def is_whole() -> bool:
+    return len(hosts.whole() or ()) == COUNT
