@@ -67,7 +67,7 @@ class Worker:
                 "registry_image": "hashistack/registry:2",
                 "roll_deadline_s": 30,
                 **data,
-            }
+            },
         )
 
     def run_shell_command(
