@@ -48,6 +48,11 @@ if "dns" in roles:
 if "nomad" in roles and is_worker and by_nomad:
     nomad.install()
     nomad.start()
+# Meanwhile the new clusters elect their leaders, for which the rolls wait.
+if "registry" in roles and is_worker:
+    registry.install()
+if "haproxy" in roles and is_proxy:
+    haproxy.install()
 if "consul" in roles:
     consul.roll()
 if "nomad" in roles and is_worker and by_nomad:
@@ -55,9 +60,6 @@ if "nomad" in roles and is_worker and by_nomad:
 if "docker" in roles and is_worker:
     docker.roll()
 if "registry" in roles and is_worker:
-    registry.install()
     registry.run()
     distribute.resync(name="Fill this worker's registry from the others")
-if "haproxy" in roles and is_proxy:
-    haproxy.install()
 lock.give_back(name="Let the next run begin")

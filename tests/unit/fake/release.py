@@ -36,6 +36,8 @@ def run_shell_command(
     line, name = str(command), world.short(connector.host)
     if "uname" in line:
         return True, CommandOutput([OutputLine("stdout", "x86_64")])
+    if "is-active -q nomad" in line:  # no other scheduler runs the app
+        return True, CommandOutput([])
     if "docker image inspect" in line:
         found = [OutputLine("stdout", '[{"Id": "1"}]')] * (name in world.load().get("pulled", []))
         return True, CommandOutput(found)

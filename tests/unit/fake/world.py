@@ -65,6 +65,7 @@ DEBIAN = {
         "---",
     ],
     "uname -m": ["x86_64"],
+    "is-active -q nomad": [],  # nothing runs the app yet
     "ip -o -4 addr": [],  # no other address than that of the inventory
     "for tool in": [f"{tool} present 1.0.0" for tool in ("consul", "nomad", "consul-template")],
 }
