@@ -7,6 +7,7 @@ the connection that pyinfra has opened, so it obeys the same keys, jump hosts an
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socketserver
 import time
@@ -27,6 +28,9 @@ from pyinfra.api.host import Host
 # Both clients let these variables override their arguments: a stray one would address another cluster.
 for _name in [name for name in os.environ if name.startswith(("CONSUL_", "NOMAD_"))]:
     del os.environ[_name]
+
+# Refused connections are answers here; paramiko's lines about them would stand among the run's.
+logging.getLogger("paramiko").setLevel(logging.CRITICAL)
 
 TIMEOUT_S = 10
 # What an API call may raise while an agent restarts or a leader is elected.
