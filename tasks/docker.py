@@ -99,13 +99,17 @@ def _drain(member: Host) -> str | None:
     if unmarked:
         return unmarked
     with cluster.nomad_api(member) as api:
-        spec = {"Deadline": int(member.data.roll_deadline_s * 1e9), "IgnoreSystemJobs": True}
+        # The registry leaves, too: so its check cannot pass on until Nomad notices that it was cut off.
+        spec = {"Deadline": int(member.data.roll_deadline_s * 1e9), "IgnoreSystemJobs": False}
         api.node.drain_node_with_spec(node_id, spec, mark_eligible=False)
 
         def draining() -> str | None:
             return "instances are leaving" if api.node.get_node(node_id)["DrainStrategy"] else None
 
-        return cluster.wait_until("the drain", draining, member.data.roll_deadline_s)
+        def say(line: str) -> None:
+            logger.info(f"{member.print_prefix}{line}")
+
+        return cluster.wait_until("the drain", draining, member.data.roll_deadline_s, say)
 
 
 def _recovery(member: Host) -> Callable[[], str | None]:
