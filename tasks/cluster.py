@@ -23,6 +23,7 @@ import requests
 from paramiko import SSHException
 from paramiko.channel import Channel
 from paramiko.transport import Transport
+from pyinfra.api.exceptions import ConnectError
 from pyinfra.api.host import Host
 
 # Both clients let these variables override their arguments: a stray one would address another cluster.
@@ -39,6 +40,7 @@ Unavailable = (
     nomad.api.exceptions.BaseNomadException,
     requests.RequestException,
     SSHException,
+    ConnectError,  # pyinfra's, to a host outside this run
     OSError,
     json.JSONDecodeError,  # python-consul2: "No cluster leader" is plain text
 )

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pyinfra import inventory
 from pyinfra.api.host import Host
 
 from tasks import rolling
@@ -43,10 +44,7 @@ class Quorum:
         health = self.health()
         if health is None or autopilot_fault(health, member.data.address) is None:
             return False
-        try:
-            return not applied(self.raft(member))
-        except Unavailable:
-            return True
+        return not self._follows(member)
 
     def gate(self, member: Host) -> str | None:
         """Why the cluster cannot do without it, or None. Repair is never blocked: of the sick one, or
@@ -59,10 +57,15 @@ class Quorum:
             return None if never_led else "no leader that knows the servers yet"
         if self.sick(member):
             return None
-        silent = [other.name for other in rolling.members("servers") if not applied(self.raft(other))]
-        if silent:
-            return f"not caught up: {', '.join(silent)}"
-        return autopilot_fault(health, need_spare=True)
+        # Those outside this run are asked as well, over a connection of their own.
+        behind = [other.name for other in inventory.get_group("servers") if not self._follows(other)]
+        return f"not caught up: {', '.join(behind)}" if behind else autopilot_fault(health, need_spare=True)
+
+    def _follows(self, member: Host) -> bool:
+        try:
+            return applied(self.raft(member)) > 0
+        except Unavailable:
+            return False
 
     def recovery(self, member: Host) -> Callable[[], str | None]:
         """Called before a restart, asked after it: a healthy voter again, whose log has reached what the
