@@ -12,13 +12,15 @@ from tasks import (
     dns,
     docker,
     haproxy,
+    keepalived,
     lock,
     nomad,
     preflight,
     registry,
+    vip,
 )
 
-ROLES = ["base", "consul", "docker", "dns", "nomad", "registry", "haproxy"]
+ROLES = ["base", "consul", "docker", "dns", "nomad", "registry", "haproxy", "keepalived"]
 
 preflight.check_hosts()
 roles = preflight.wanted(ROLES)
@@ -62,4 +64,10 @@ if "docker" in roles and is_worker:
 if "registry" in roles and is_worker:
     registry.run()
     distribute.resync(name="Fill this worker's registry from the others")
+if "haproxy" in roles:
+    haproxy.roll()
+if "keepalived" in roles and vip.wanted(host):
+    keepalived.install()
+if "keepalived" in roles:
+    keepalived.roll()
 lock.give_back(name="Let the next run begin")

@@ -11,7 +11,8 @@ These are the lab's hosts. For machines of your own, write a file like this and 
     builder = workers[2:3]     # builds the app's image
     proxies = [("lb-1", {"address": "10.0.0.21", "ssh_hostname": "lb-1.example.com"})]
 
-`address` is the host's address on the private network that joins them.
+`address` is the host's address on the private network that joins them. Two proxies share a third one
+there, which clients use: `haproxy_vip`, here or in group_data.
 """
 
 import json
@@ -24,7 +25,7 @@ _lab = settings.load()
 _ssh_config = settings.ROOT / ".vagrant" / "ssh-config"
 
 
-def _host(name: str, address: str) -> tuple[str, dict[str, Any]]:
+def _host(name: str, address: str, **data: str) -> tuple[str, dict[str, Any]]:
     """A lab host: reached at its private address or, where that is not reachable, as Vagrant says."""
     ssh: dict[str, Any] = {
         "ssh_known_hosts_file": str(settings.ROOT / ".vagrant" / "known_hosts"),
@@ -38,13 +39,14 @@ def _host(name: str, address: str) -> tuple[str, dict[str, Any]]:
             "ssh_user": "vagrant",
             "ssh_key": str(settings.ROOT / Path(key)),
         }
-    return name, {"address": address, **ssh, **_lab.data}
+    return name, {"address": address, **ssh, **data, **_lab.data}
 
 
 workers = [_host(f"worker-{n:02d}", f"{_lab.network}.{10 + n}") for n in range(1, _lab.workers + 1)]
 servers = workers[: 5 if _lab.workers >= 5 else 3]
 builder = workers[2:3]
-proxies = [_host(f"proxy-{n:02d}", f"{_lab.network}.{20 + n}") for n in range(1, _lab.proxies + 1)]
+_vip = {"haproxy_vip": f"{_lab.network}.20" if _lab.proxies > 1 else ""}
+proxies = [_host(f"proxy-{n:02d}", f"{_lab.network}.{20 + n}", **_vip) for n in range(1, _lab.proxies + 1)]
 
 if __name__ == "__main__":  # the Vagrantfile reads this
     print(json.dumps({name: data["address"] for name, data in workers + proxies}))

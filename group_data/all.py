@@ -61,6 +61,11 @@ haproxy_stats_port = 8404
 haproxy_maxconn = 2000
 haproxy_timeout = "60s"  # the longest silence of a client or of an instance
 
+# keepalived: with two proxies, one of them holds this free address of their network. "" = no keepalived.
+haproxy_vip = ""
+keepalived_packages = ["keepalived"]
+keepalived_router_id = 56  # 1 to 255; another one for each pair in a network
+
 # app
 app_name = "app"
 app_folder = "app"

@@ -9,7 +9,7 @@ from pyinfra.api import deploy, operation
 from pyinfra.facts.deb import DebPackages
 from pyinfra.operations import apt
 
-from tasks import config, rolling
+from tasks import config, rolling, vip
 
 SYSCTL = "/etc/sysctl.d/60-hashistack.conf"
 JOURNAL = "/etc/systemd/journald.conf.d/hashistack.conf"
@@ -37,6 +37,8 @@ def packages() -> list[str]:
         wanted += host.data.docker_packages
     if "proxies" in host.groups:
         wanted += host.data.haproxy_packages
+    if vip.wanted(host):
+        wanted += host.data.keepalived_packages
     return wanted
 
 

@@ -39,7 +39,7 @@ CONSUL_TEMPLATE = [
 
 @deploy("HAProxy")
 def install() -> None:
-    hold_package(name="Hold HAProxy's package")
+    hold_package(name="Hold HAProxy's package", package="haproxy")
     config.create_user(name="Create consul-template's user", user="consul-template")
     artifact.install(
         name="Install consul-template",
@@ -50,12 +50,22 @@ def install() -> None:
     load_units(name="Load the units and watch the spool")
     put_first(name="Answer 503 until consul-template has found the app")
     rolling.start_if_stopped(name="Start HAProxy where it is stopped", unit="haproxy", files=[DROP_IN])
-    rolling.restart_if_stale(
-        name="Restart consul-template if it is stale", unit="consul-template", files=CONSUL_TEMPLATE
+    rolling.start_if_stopped(
+        name="Start consul-template where it is stopped", unit="consul-template", files=CONSUL_TEMPLATE
     )
-    rolling.wait_until_healthy(
-        name="Check that HAProxy runs with the current template", what="HAProxy", fault=fault
-    )
+
+
+@deploy("HAProxy")
+def roll() -> None:
+    """One proxy at a time for a changed template: one that HAProxy refuses stops at the first proxy."""
+    if rolling.driver():
+        rolling.roll(name="Restart consul-template where it is stale, one proxy at a time", service=SERVICE)
+    if "proxies" in host.groups:
+        rolling.wait_until_healthy(
+            name="Check that HAProxy runs with the current template",
+            what="HAProxy",
+            fault=lambda: fault_of(host),
+        )
 
 
 def _configure() -> None:
@@ -89,12 +99,12 @@ class Answer(FactBase[bool]):
 
 
 @operation()
-def hold_package() -> Generator[str]:
-    """An upgrade of the package would restart HAProxy; we only ever reload it."""
-    if host.get_fact(Answer, condition="apt-mark showhold haproxy | grep -qx haproxy"):
-        host.noop("haproxy is held")
+def hold_package(package: str) -> Generator[str]:
+    """An upgrade of the package would restart its service; we only ever reload it."""
+    if host.get_fact(Answer, condition=f"apt-mark showhold {package} | grep -qx {package}"):
+        host.noop(f"{package} is held")
         return
-    yield "apt-mark hold haproxy"
+    yield f"apt-mark hold {package}"
 
 
 @operation()
@@ -123,13 +133,8 @@ def put_first() -> Generator[str]:
     yield f"systemctl start haproxy-apply.service || {{ cat {FAULT} >&2; exit 1; }}"
 
 
-def fault() -> str | None:
-    """What keeps HAProxy on this host from running with the current template and Consul's newest answer."""
-    return fault_of(host)
-
-
 def fault_of(member: Host) -> str | None:
-    """The same for any proxy; None if all is well."""
+    """What keeps HAProxy from running with the current template and Consul's newest answer, or None."""
     command = (
         f"if [ -s {FAULT} ]; then cat {FAULT};"
         " elif ! systemctl is-active -q haproxy; then echo HAProxy does not run;"
@@ -139,3 +144,13 @@ def fault_of(member: Host) -> str | None:
     )
     ok, output = shell.run(member, command)
     return output.stdout.strip() or (None if ok else f"cannot ask: {output.stderr}")
+
+
+SERVICE = rolling.Service(
+    unit="consul-template",
+    files=CONSUL_TEMPLATE,
+    rank=lambda member: 1,
+    gate=lambda member: None,  # HAProxy serves without it
+    recovery=lambda member: lambda: fault_of(member),
+    group="proxies",
+)

@@ -8,7 +8,7 @@ from pyinfra import host, inventory, logger, state
 from pyinfra.api import DeployError, FactBase, operation
 from pyinfra.facts.server import LinuxDistribution
 
-from tasks import artifact, registry, rolling
+from tasks import artifact, registry, rolling, vip
 
 
 def check_hosts() -> None:
@@ -37,12 +37,12 @@ def check_host() -> None:
         logger.warning(f"{host.print_prefix}Debian 13 is untested")
     elif release != "debian 12":
         raise DeployError(f"{host.name}: runs {distro['name']}; use Debian 12 (13 is untested)")
-    lines = wrong_address() + scheduler_change() + artifact.faults(host, tools())
+    lines = wrong_address() + scheduler_change() + artifact.faults(host, tools()) + vip.faults()
     if "workers" in host.groups:
         lines += registry.faults()
     for line in lines:
         raise DeployError(line)
-    for line in artifact.unsigned(host):
+    for line in artifact.unsigned(host) + vip.warnings():
         logger.warning(f"{host.print_prefix}{line}")
 
 

@@ -122,6 +122,14 @@ def _proxies(found: Found) -> Iterable[str]:
             wrong = serving.difference(proxy["servers"], app["name"], _serving(app))
             if wrong:
                 yield f"{name}: {wrong}; {LOOK.format(unit='consul-template')}"
+    shared = {name: proxy["vip"] for name, proxy in found["proxies"].items() if proxy.get("vip")}
+    for name, vip in shared.items():
+        if vip["wrong"]:
+            yield f"{name}: keepalived: {vip['wrong']}; {DEPLOY}"
+    holders = [name for name, vip in shared.items() if vip["held"]]
+    if len(holders) > 1:
+        address = shared[holders[0]]["address"]
+        yield f"{' and '.join(holders)} both hold {address}; look at the network between them"
 
 
 def _serving(app: Found) -> set[serving.Instance]:
@@ -255,7 +263,9 @@ def _proxy_rows(found: Found) -> list[list[str]]:
         servers = proxy.get("servers", {})
         up = sum(status.startswith("UP") for status in servers.values())
         words = proxy.get("fault") or proxy["wrong"] or "its configuration is current"
-        rows.append([name, f"{up} of {len(servers)} servers up", words])
+        vip = proxy.get("vip") or {}
+        held = [f"holds {vip['address']}"] if vip.get("held") else []
+        rows.append([name, f"{up} of {len(servers)} servers up", ", ".join([words, *held])])
     return rows or [["none reached"]]
 
 

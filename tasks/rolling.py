@@ -15,18 +15,23 @@ from pyinfra.api import FactBase, FunctionCommand, operation
 from pyinfra.api.host import Host
 from pyinfra.api.state import State
 
-from tasks import cluster, lock, shell
+from tasks import cluster, lock, shell, vip
+
+PROCESS_START = "ExecMainStartTimestamp"
 
 
 class UnitState(FactBase[str]):
-    """ "stopped", "stale" (a file is newer than the main process, or not enabled) or "fresh"."""
+    """ "stopped", "stale" (a file is newer than the main process, or not enabled) or "fresh".
 
-    def command(self, unit: str, files: Iterable[str]) -> str:
+    since: systemd's name for the moment at which the unit has read its files.
+    """
+
+    def command(self, unit: str, files: Iterable[str], since: str = PROCESS_START) -> str:
         paths = " ".join(shlex.quote(path) for path in files)
         return (
             f"if ! systemctl is-active -q {unit}; then echo stopped;"
             f" elif ! systemctl is-enabled -q {unit}; then echo stale; else"
-            f" start=$(systemctl show -P ExecMainStartTimestamp --timestamp=us+utc {unit});"
+            f" start=$(systemctl show -P {since} --timestamp=us+utc {unit});"
             f' if [ -n "$(find {paths} -newermt "$start" -print -quit)" ];'
             " then echo stale; else echo fresh; fi; fi"
         )
@@ -71,6 +76,7 @@ class Service:
     gate: Callable[[Host], str | None]  # asked before a healthy one is stopped
     recovery: Callable[[Host], Callable[[], str | None]]  # called before the stop, asked after it
     group: str = ""  # "" = every host
+    since: str = PROCESS_START  # see UnitState
     restart: Callable[[Host, str], str | None] = field(default=lambda member, unit: run(member, unit))
 
 
@@ -97,6 +103,7 @@ def roll(service: Service) -> Generator[FunctionCommand]:
 
     Runs on one host (see `driver`) for all hosts of this run. Before a healthy one is stopped the
     gate must open; the next one waits until this one has recovered. The first fault ends the run.
+    Of equals, the proxy that holds the VIP goes last.
     """
     stale = [h for h in members(service.group) if _stale(h, service)]
     if not stale:
@@ -106,7 +113,7 @@ def roll(service: Service) -> Generator[FunctionCommand]:
 
 
 def _stale(member: Host, service: Service) -> bool:
-    return member.get_fact(UnitState, unit=service.unit, files=service.files) == "stale"
+    return member.get_fact(UnitState, unit=service.unit, files=service.files, since=service.since) == "stale"
 
 
 def restart_each(state: State, host: Host, service: Service, which: list[Host]) -> bool:
@@ -125,12 +132,12 @@ def restart_each(state: State, host: Host, service: Service, which: list[Host]) 
     return True
 
 
-def _rank(service: Service, member: Host) -> int:
+def _rank(service: Service, member: Host) -> tuple[int, bool]:
     """Order only: whether it may be stopped is the gate's to say."""
     try:
-        return service.rank(member)
+        return service.rank(member), vip.holds(member)
     except cluster.Unavailable:
-        return 0
+        return 0, False
 
 
 def _restart(service: Service, member: Host) -> str | None:

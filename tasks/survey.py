@@ -13,7 +13,21 @@ import gevent  # type: ignore[import-untyped]
 from pyinfra import state
 from pyinfra.api.host import Host
 
-from tasks import artifact, consul, distribute, haproxy, held, history, lock, nomad, nomad_job, serving, shell
+from tasks import (
+    artifact,
+    consul,
+    distribute,
+    haproxy,
+    held,
+    history,
+    keepalived,
+    lock,
+    nomad,
+    nomad_job,
+    serving,
+    shell,
+    vip,
+)
 from tasks.cluster import Unavailable, consul_api, nomad_api
 
 Found = dict[str, Any]
@@ -142,8 +156,16 @@ def _instance(entry: Found) -> Found:
 
 
 def _proxy(member: Host) -> Found:
-    fault = haproxy.fault_of(member)
-    return {"wrong": fault, "servers": serving.haproxy_servers(serving.stats(member), member.data.app_name)}
+    """vip: the address that it may hold, whether it does, and what is wrong with it; None without one."""
+    found: Found = {"wrong": haproxy.fault_of(member), "vip": None}
+    if vip.wanted(member):
+        found["vip"] = {
+            "address": member.data.haproxy_vip,
+            "held": vip.holds(member),
+            "wrong": keepalived.fault_of(member),
+        }
+    found["servers"] = serving.haproxy_servers(serving.stats(member), member.data.app_name)
+    return found
 
 
 def _registry(member: Host) -> Found:

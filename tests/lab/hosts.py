@@ -189,10 +189,10 @@ def consul_instances() -> set[str]:
     return {f"{s['Service']}-{s['Meta']['version']}-{s['Address']}-{s['Port']}" for s in services}
 
 
-def haproxy_servers() -> dict[str, str]:
-    """The app's servers in HAProxy on the first proxy -> UP, DOWN ..."""
+def haproxy_servers(proxy: str = "") -> dict[str, str]:
+    """The app's servers in HAProxy on a proxy, the first by default -> UP, DOWN ..."""
     ask = "echo show stat | socat - UNIX-CONNECT:/run/haproxy/admin.sock"
-    page = on(names("proxies")[0], ask).lstrip("# ")
+    page = on(proxy or names("proxies")[0], ask).lstrip("# ")
     rows = [row for row in csv.DictReader(page.splitlines()) if row["pxname"] == knobs.app_name]
     return {row["svname"]: row["status"] for row in rows if row["svname"] not in ("FRONTEND", "BACKEND")}
 

@@ -38,7 +38,7 @@ def test_good_input_passes(pyinfra: Pyinfra) -> None:
 
 def test_an_unknown_role_lists_the_roles(pyinfra: Pyinfra) -> None:
     run = pyinfra(ROOT / "deploy.py", "--data", "only=haproxy,dsn,x", state={})
-    roles = "base, consul, docker, dns, nomad, registry, haproxy"
+    roles = "base, consul, docker, dns, nomad, registry, haproxy, keepalived"
     assert refusal(run).startswith(f"only=haproxy,dsn,x: no role dsn, x; roles: {roles}")
 
 

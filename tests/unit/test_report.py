@@ -100,6 +100,8 @@ THIRD_SICK = {address: address != "192.168.56.13" for address in WORKERS.values(
 SECOND_GONE = {"worker-01": "ready", "worker-03": "ready"}
 ONLY_OLD = {"0.0.2": "sha256:two"}
 OTHER = {**DIGESTS, "0.0.2": "sha256:other"}
+VIP = {"address": "192.168.56.20", "held": True, "wrong": None}
+BOTH = {name: {**healthy()["proxies"]["proxy-01"], "vip": VIP} for name in ("proxy-01", "proxy-02")}
 CUT_OFF = [release("0.0.3"), release("0.0.4", "under way")]
 
 # Where the healthy cluster is changed, to what, and how the line about it begins.
@@ -124,6 +126,8 @@ SICK: list[tuple[str, object, str]] = [
     ("proxies__proxy_01__wrong", "it does not run", "proxy-01: HAProxy: it does not run"),
     ("proxies__proxy_01", {"fault": "refused"}, "proxy-01: HAProxy: refused"),
     ("proxies__proxy_01__servers", {}, "proxy-01: app-0.0.3-192.168.56.11-20001 is not in HAProxy"),
+    ("proxies__proxy_01__vip", {**VIP, "wrong": "its NIC is gone"}, "proxy-01: keepalived: its NIC is gone"),
+    ("proxies", BOTH, "proxy-01 and proxy-02 both hold 192.168.56.20"),
     ("registries__worker_02", {"fault": "refused"}, "worker-02: its registry does not answer (refused)"),
     ("registries__worker_02__digests", ONLY_OLD, "worker-02: its registry lacks 0.0.3"),
     ("registries__worker_02__digests", OTHER, "0.0.2: the registries hold different images"),
@@ -200,3 +204,9 @@ def test_of_a_host_that_is_down_only_that_is_said() -> None:
 
 def test_an_unsigned_local_build_is_called_so() -> None:
     assert "consul 1.0.0 (local build, unsigned), nomad 1.0.0" in report.table(healthy(), [])
+
+
+def test_the_holder_of_the_shared_address_is_shown() -> None:
+    found = changed(proxies__proxy_01__vip=VIP)
+    assert report.faults(found) == []
+    assert "holds 192.168.56.20" in report.table(found, [])

@@ -210,3 +210,24 @@ def test_a_link_that_was_swapped_counts_not_the_age_of_its_target(
 
 def test_a_file_that_is_not_there_makes_nothing_stale(tmp_path: Path, unit_state: Callable[..., str]) -> None:
     assert unit_state(tmp_path / "none") == "fresh"
+
+
+@pytest.mark.parametrize("holder", ["proxy-01", "proxy-02"])
+def test_the_proxy_that_holds_the_address_goes_last(pyinfra: Pyinfra, holder: str) -> None:
+    stale = {"proxy-01": "stale", "proxy-02": "stale"}
+    run = pyinfra("roll.py", state=stale, group="proxies", vip="192.168.56.20", holder=holder)
+    other = next(proxy for proxy in stale if proxy != holder)
+    assert (run.code, run.done("restart")) == (0, [other, holder])
+
+
+def test_it_is_not_touched_when_the_other_one_does_not_recover(pyinfra: Pyinfra) -> None:
+    run = pyinfra(
+        "roll.py",
+        *("--data", "roll_deadline_s=0"),
+        state={"proxy-01": "stale", "proxy-02": "stale"},
+        group="proxies",
+        vip="192.168.56.20",
+        holder="proxy-01",
+        lost=["proxy-02"],
+    )
+    assert (run.code, run.done("restart")) == (1, ["proxy-02"])

@@ -14,4 +14,10 @@ workers = [
 ]
 servers = workers[: world.load().get("servers", 3)]
 builder = workers[2:3]
-proxies = [_host("proxy-01", "192.168.56.21"), *map(tuple, world.load().get("unreachable", []))]
+_vip = world.load().get("vip", "")
+proxies = [
+    (name, {**data, "haproxy_vip": _vip})
+    for name, data in (_host("proxy-01", "192.168.56.21"), _host("proxy-02", "192.168.56.22"))
+    if _vip or name == "@fake/proxy-01"
+]
+proxies += map(tuple, world.load().get("unreachable", []))

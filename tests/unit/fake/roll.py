@@ -49,7 +49,7 @@ SERVICE = rolling.Service(
     rank=rank,
     gate=gate,
     recovery=recovery,
-    group="workers",
+    group=world.load().get("group", "workers"),
 )
 
 preflight.stop_at_first_failure(name="Stop at the first failure")

@@ -48,6 +48,10 @@ def run_shell_command(
     if "systemctl restart" in line:
         note("restart", connector.host, sudo)
         return _restart(world, name)
+    if "addr show to" in line and "grep -q . && echo" in line:  # vip.Holder
+        return _answer(world.get("answers at the vip", ""))
+    if "addr show to" in line and "grep -q ." in line:  # vip.holds
+        return _answer(success=name == world.get("holder"))
     known = {**DEBIAN, **world.get("answers", {}).get(name, {})}
     for part, lines in known.items():
         if part in line:
@@ -66,6 +70,7 @@ DEBIAN = {
     ],
     "uname -m": ["x86_64"],
     "is-active -q nomad": [],  # nothing runs the app yet
+    "is-active keepalived": [],
     "ip -o -4 addr": [],  # no other address than that of the inventory
     "for tool in": [f"{tool} present 1.0.0" for tool in ("consul", "nomad", "consul-template")],
 }
