@@ -16,13 +16,34 @@ COUNT = knobs.app_count if hosts.SCHEDULER == "nomad" else len(WORKERS)
 
 def test_killed_instance_is_replaced() -> None:
     """HAProxy lets it go, and finds the one that takes its place."""
-    before = hosts.serving()
-    assert before
-    address, port = min(before).split("-")[2:]
-    worker = next(name for name, data in hosts.HOSTS.items() if data["address"] == address)
-    hosts.on(worker, f"docker kill $(docker ps --quiet --filter publish={port})")
-    hosts.wait_for("HAProxy to notice", lambda: hosts.haproxy_servers().get(min(before)) != "UP")
+    server, worker, port = an_instance()
+    container = hosts.on(worker, f"docker ps --quiet --filter publish={port}")
+    hosts.on(worker, f"docker kill {container}")
+    hosts.wait_for("HAProxy to notice", lambda: hosts.haproxy_servers().get(server) != "UP")
+    if hosts.SCHEDULER == "docker":  # Docker itself leaves alone what was killed by hand
+        hosts.on(worker, f"docker start {container}")
     hosts.wait_for("another to take its place", lambda: len(hosts.serving() or ()) == COUNT)
+
+
+def test_crashed_instance_is_started_again() -> None:
+    _, worker, port = an_instance()
+    before = process(worker, port)
+    hosts.on(worker, f"kill -9 {before}")
+    hosts.wait_for("another process", lambda: process(worker, port) not in ("", "0", before))
+    hosts.wait_for("it to serve", lambda: len(hosts.serving() or ()) == COUNT)
+
+
+def an_instance() -> tuple[str, str, str]:
+    """HAProxy's name for it, its worker, and its port there."""
+    server = min(hosts.serving() or {"none serves"})
+    address, port = server.split("-")[2:]
+    return server, next(name for name, data in hosts.HOSTS.items() if data["address"] == address), port
+
+
+def process(worker: str, port: str) -> str:
+    """The ID of the process behind a port; "" or "0" while there is none."""
+    ask = "docker inspect --format '{{.State.Pid}}' $(docker ps --quiet --filter publish=%s)"
+    return hosts.on(worker, ask % port, check=False).strip()
 
 
 @cuts_power
