@@ -596,6 +596,7 @@ def run_registry_container() -> Generator[str]:
     if host.get_fact(ContainerSettings, container="registry") == settings:
         host.noop("the registry runs as it should")
         return
+    yield "install -d -m 700 /var/lib/registry"  # Docker would make it readable for all
     yield "! docker inspect registry >/dev/null 2>&1 || docker rm --force registry"
     yield shlex.join(["docker", "run", "--detach", f"--label=hashistack.settings={settings}", *wanted])
 
