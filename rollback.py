@@ -4,9 +4,9 @@ Nothing is built or copied: every worker still holds the image. The way back is 
 there: one instance after the other, health-gated; what serves now serves on if it fails.
 """
 
-from pyinfra import host, logger
+from pyinfra import logger
 
-from tasks import app, distribute, history, lock, preflight, rollback, rolling, serving
+from tasks import app, distribute, history, lock, preflight, rollback, rolling
 
 preflight.check_hosts()
 distribute.notice_loss()
@@ -23,15 +23,4 @@ history.begin(
     settled=app.settled,
     digest_of=distribute.digest_of,
 )
-if "workers" in host.groups:
-    app.roll(name=f"Replace what runs by {version}", version=version)
-if "proxies" in host.groups:
-    rolling.wait_until_healthy(
-        name=f"Check that exactly {version} serves",
-        what=version,
-        fault=serving.exactly(version),
-    )
-history.end(name="Note that it is in service")
-lock.give_back(name="Let the next run begin")
-if "workers" in host.groups:
-    app.see_it_answers(name="Check that each worker still answers", version=version)
+app.put_into_service(version)

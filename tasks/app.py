@@ -91,6 +91,22 @@ def _check_source(version: str, built_from: str) -> None:
     logger.warning(f"{version}: released before from other source; its existing image is used")
 
 
+def put_into_service(version: str) -> None:
+    """What release.py and rollback.py end with, once every worker holds the image."""
+    if "workers" in host.groups:
+        roll(name=f"Replace what runs by {version}", version=version)
+    if "proxies" in host.groups:
+        rolling.wait_until_healthy(
+            name=f"Check that exactly {version} serves",
+            what=version,
+            fault=serving.exactly(version),
+        )
+    history.end(name="Note that it is in service")
+    lock.give_back(name="Let the next run begin")
+    if "workers" in host.groups:
+        see_it_answers(name="Check that each worker still answers", version=version)
+
+
 @operation()
 def roll(version: str) -> Generator[FunctionCommand]:
     """Replace what runs by `version`, health-gated; what served before serves on if that fails.
