@@ -88,8 +88,9 @@ def _join(state: State, host: Host) -> bool:
     It has never registered, so nothing runs on it and a restart costs nothing: that makes it try now.
     """
     early = wait_until("Nomad's clients", _not_ready, JOIN_S, logger.info)
-    if early and not rolling.restart_each(state, host, SERVICE, _never_registered()):
-        return False
+    while early and (refused := _never_registered()):  # asked anew: the others may have got in by themselves
+        if not rolling.restart_each(state, host, SERVICE, refused[:1]):
+            return False
     deadline_s = float(host.data.roll_deadline_s)
     fault = early and wait_until("Nomad's clients", _not_ready, deadline_s, logger.info)
     if fault:
