@@ -106,13 +106,6 @@ def wanted(member: Host, tool: str) -> str:
     return str(member.data.get(f"{tool.replace('-', '_')}_version"))
 
 
-def downgrades(member: Host) -> list[str]:
-    """One line for each tool of which this host has a newer version than it would get."""
-    states = member.get_fact(Tools)
-    lines = [_downgrade(member, tool, wanted(member, tool), states[tool]) for tool in TOOLS]
-    return [line for line in lines if line]
-
-
 def _downgrade(member: Host, tool: str, version: str, state: ToolState) -> str | None:
     """Why this version may not be installed here, or None."""
     name = f"{tool.replace('-', '_')}_version"

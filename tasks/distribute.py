@@ -22,7 +22,6 @@ from pyinfra.facts.docker import DockerImage
 from pyinfra.facts.server import Arch
 
 from tasks import artifact, cluster, held, image, rolling, serving, shell
-from tasks.registry import DEBIAN_ARCH
 
 _MANIFEST = "application/vnd.docker.distribution.manifest.v2+json, application/vnd.oci.image.manifest.v1+json"
 _LOST_S = 15
@@ -153,7 +152,7 @@ def _build(state: State, host: Host, version: str) -> bool:
     try:
         if was_released(version):
             return True
-        context = image.build_context(folder, DEBIAN_ARCH[host.get_fact(Arch)])
+        context = image.build_context(folder, artifact.ARCHES[host.get_fact(Arch)])
         logger.info(f"{host.print_prefix}building {tag}")
         if host.put_file(BytesIO(context), tar, _sudo=True):
             command = build_command(host.data.app_base_image, tag, version, image.source_hash(folder), tar)

@@ -15,11 +15,9 @@ from pyinfra.api.command import QuoteString
 from pyinfra.facts.docker import DockerImage
 from pyinfra.facts.server import Arch, Which
 
-from tasks import config, containers, rolling
+from tasks import artifact, config, containers, rolling
 from tasks.cluster import consul_api, nomad_api
 from tasks.mirror import cache_dir
-
-DEBIAN_ARCH = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
 @deploy("Registry")
@@ -30,7 +28,7 @@ def install() -> None:
 
 def images() -> dict[str, Path]:
     """Image -> the file on the controller that holds it, for this host's architecture."""
-    arch = DEBIAN_ARCH[host.get_fact(Arch)]
+    arch = artifact.ARCHES[host.get_fact(Arch)]
     names = {"registry": host.data.registry_image, "app-base": host.data.app_base_image}
     return {image: cache_dir() / "images" / f"{name}_{arch}.tar" for name, image in names.items()}
 
