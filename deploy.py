@@ -11,6 +11,7 @@ from tasks import (
     distribute,
     dns,
     docker,
+    firewall,
     haproxy,
     keepalived,
     lock,
@@ -20,7 +21,7 @@ from tasks import (
     vip,
 )
 
-ROLES = ["base", "consul", "docker", "dns", "nomad", "registry", "haproxy", "keepalived"]
+ROLES = ["base", "firewall", "consul", "docker", "dns", "nomad", "registry", "haproxy", "keepalived"]
 
 preflight.check_hosts()
 roles = preflight.wanted(ROLES)
@@ -43,6 +44,8 @@ if "consul" in roles:
     consul.start()
 if "base" in roles:
     base.install()
+if "firewall" in roles:
+    firewall.install()
 if "docker" in roles and is_worker:
     docker.start()
 if "dns" in roles:

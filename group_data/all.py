@@ -27,6 +27,16 @@ base_sysctl = {
 }
 base_journal_max = "200M"
 
+# firewall: what comes in from where, see docs/ports.md
+firewall = True
+firewall_packages = ["nftables"]
+firewall_ssh_port = 22  # where sshd listens; open to anyone
+firewall_trial_s = (
+    30  # new rules are taken back after this long, unless an SSH connection under them succeeds
+)
+# More openings, as {"protocol": "tcp", "ports": "9100", "sources": ["10.0.0.5"]}; no sources: anyone.
+firewall_extra: list[dict[str, object]] = []
+
 # consul
 consul_datacenter = "dc1"
 consul_http_address = "127.0.0.1"

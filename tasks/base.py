@@ -33,6 +33,8 @@ def install_packages(packages: list[str]) -> Generator[str]:
 def packages() -> list[str]:
     """One list, so that all hosts install at the same time whatever they become."""
     wanted = list(host.data.base_packages)
+    if host.data.firewall:
+        wanted += host.data.firewall_packages
     if "workers" in host.groups:
         wanted += host.data.docker_packages
     if "proxies" in host.groups:

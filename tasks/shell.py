@@ -14,9 +14,13 @@ def run(member: Host, command: str, **arguments: Any) -> tuple[bool, CommandOutp
 
     Operations take _sudo, _sudo_password and the like from the host's data; a call like this does not.
     """
+    return member.run_shell_command(command, **how(member), **arguments)
+
+
+def how(member: Host) -> dict[str, Any]:
+    """The arguments of a connector's calls that the host's data has: _sudo and the like."""
     data = member.data.dict()
-    how = {key: data[key] for key in CONNECTOR_ARGUMENT_KEYS if key in data}
-    return member.run_shell_command(command, **how, **arguments)
+    return {key: data[key] for key in CONNECTOR_ARGUMENT_KEYS if key in data}
 
 
 def fault(member: Host, command: str) -> str | None:

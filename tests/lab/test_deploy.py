@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from group_data import all as knobs
-from tests.lab import hosts
+from tests.lab import hosts, outside
 from tests.lab.watch import PORTS, Watch
 from tests.load import Load
 
@@ -60,6 +60,7 @@ def test_docker_restarts_after_its_instances_have_left(load: Load, tmp_path: Pat
         run = hosts.pyinfra("deploy.py", *arguments)
         assert run.code == 0, run.output
         assert restarts(run.output, "docker") == [worker]
+        assert outside.open_ports(address) == {knobs.firewall_ssh_port}
     test_second_run_changes_nothing()
 
 

@@ -1,0 +1,93 @@
+"""What outsiders get, and what insiders must not: ports, rules that would lock us out."""
+
+from __future__ import annotations
+
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from group_data import all as knobs
+from tests.lab import hosts, outside
+from tests.load import Load
+
+ADDRESSES = {name: data["address"] for name, data in hosts.HOSTS.items()}
+WORKER, PROXY = hosts.names("workers")[0], hosts.names("proxies")[0]
+FIREWALL = "/usr/local/sbin/hashistack-firewall"
+RULES = "/etc/hashistack/firewall.nft"
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, set[int]]:
+    """Host -> its TCP ports that an outsider can connect to."""
+    with ThreadPoolExecutor(len(ADDRESSES)) as pool:
+        return dict(zip(ADDRESSES, pool.map(outside.open_ports, ADDRESSES.values()), strict=True))
+
+
+@pytest.mark.parametrize("name", hosts.names("workers"))
+def test_an_outsider_finds_ssh_alone_on_a_worker(found: dict[str, set[int]], name: str) -> None:
+    assert found[name] == {22}
+
+
+@pytest.mark.parametrize("name", hosts.names("proxies"))
+def test_an_outsider_finds_ssh_and_haproxy_on_a_proxy(found: dict[str, set[int]], name: str) -> None:
+    assert found[name] == {22, knobs.haproxy_http_port}
+
+
+@pytest.mark.parametrize("name", ADDRESSES)
+@pytest.mark.parametrize("port", [9, 8301])
+def test_an_outsider_gets_no_answer_by_udp(name: str, port: int) -> None:
+    assert not outside.says_closed(ADDRESSES[name], port)
+
+
+@pytest.mark.parametrize("port", [knobs.registry_port, 4647, 8302])
+def test_a_proxy_does_not_get_what_workers_get(port: int) -> None:
+    assert connects(WORKER, "127.0.0.1", 22) and not connects(PROXY, ADDRESSES[WORKER], port)
+
+
+@pytest.mark.parametrize("port", [knobs.registry_port, 8300])
+def test_a_worker_does(port: int) -> None:
+    assert connects(hosts.names("workers")[1], ADDRESSES[WORKER], port)
+
+
+def connects(host: str, address: str, port: int) -> bool:
+    answer = hosts.on(host, f"timeout 2 bash -c 'exec 3<>/dev/tcp/{address}/{port}' 2>&1 && echo yes", False)
+    return answer.strip() == "yes"
+
+
+def ssh_answers(host: str) -> bool:
+    """Over a connection of its own, not the tests' common one."""
+    alone = ["-o", "ControlPath=none", "-o", "ConnectTimeout=2"]
+    done = subprocess.run(["ssh", "-F", str(hosts.SSH_CONFIG), *alone, host, "true"], capture_output=True)
+    return done.returncode == 0
+
+
+def test_rules_that_lock_us_out_are_taken_back_by_the_host_itself() -> None:
+    """As after a controller that died between try and confirm."""
+    before = hosts.on(PROXY, f"cat {RULES}")
+    assert ssh_answers(PROXY)
+    try:
+        hosts.on(PROXY, f"sed -i '/tcp dport 22 accept/d' {RULES} && {FIREWALL} try 8")
+        assert not ssh_answers(PROXY)
+        hosts.wait_for("SSH to answer again", lambda: ssh_answers(PROXY), deadline_s=30)
+    finally:
+        hosts.on(PROXY, f"cat >{RULES} <<'EOF'\n{before}EOF")
+    assert hosts.pyinfra("deploy.py", "--data=only=firewall").changed == {}
+
+
+def test_deploy_takes_rules_back_that_lock_it_out() -> None:
+    run = hosts.pyinfra("deploy.py", "--data=only=firewall", "--limit", PROXY, "--data=firewall_ssh_port=2")
+    assert run.code != 0
+    assert run.lines("the new firewall rules are taken back: no new SSH connection came through")
+    assert ssh_answers(PROXY)
+    assert hosts.pyinfra("deploy.py", "--data=only=firewall").code == 0
+    assert hosts.pyinfra("deploy.py", "--data=only=firewall").changed == {}
+
+
+def test_rules_come_and_go_under_load(load: Load) -> None:
+    """Off, on, and loaded again some times: no request may notice."""
+    for arguments in (["--data=firewall=false"], []):
+        run = hosts.pyinfra("deploy.py", "--data=only=firewall", *arguments)
+        assert run.code == 0, run.output
+    for _ in range(5):
+        hosts.on_all(list(ADDRESSES), "systemctl restart hashistack-firewall")
