@@ -26,6 +26,7 @@ preflight.check_hosts()
 roles = preflight.wanted(ROLES)
 preflight.check_groups()
 preflight.check_host()
+preflight.make_secrets()
 preflight.stop_at_first_failure(name="Stop at the first failure")
 # Two deploys might restart two servers at once. New hosts have no Consul to ask.
 lock.hold(name="Let no other run begin", what="deploy", needed=False)

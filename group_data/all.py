@@ -10,6 +10,11 @@ only = ""
 # Stop a server although the cluster cannot spare one: --data accept_outage=true.
 accept_outage = False
 
+# Encrypt, authenticate and authorise everything. False: only for a lab that is thrown away.
+secure = True
+# Keys, tokens and certificates, on the controller; a relative path begins at the project. Back it up.
+secrets_folder = "secrets"
+
 # Versions, and where their zips come from (tasks/mirror.py). "" = the publisher's site.
 artifact_mirror = ""
 # Consul: 1.22 is out of support, and 2.0.4 drops idle RPC streams (hashicorp/consul#23923).
