@@ -6,6 +6,7 @@ Installs or converges the whole stack. A second run changes nothing.
 from pyinfra import host
 
 from tasks import (
+    acl,
     base,
     consul,
     distribute,
@@ -27,6 +28,7 @@ preflight.check_hosts()
 roles = preflight.wanted(ROLES)
 preflight.check_groups()
 preflight.check_host()
+preflight.make_secrets()
 preflight.stop_at_first_failure(name="Stop at the first failure")
 # Two deploys might restart two servers at once. New hosts have no Consul to ask.
 lock.hold(name="Let no other run begin", what="deploy", needed=False)
@@ -46,6 +48,9 @@ if "base" in roles:
     base.install()
 if "firewall" in roles:
     firewall.install()
+# By now Consul has its first leader; nobody else has come with a token yet.
+if "consul" in roles and host.data.secure:
+    acl.grant()
 if "docker" in roles and is_worker:
     docker.start()
 if "dns" in roles:

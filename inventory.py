@@ -29,6 +29,7 @@ def _host(name: str, address: str, **data: str) -> tuple[str, dict[str, Any]]:
     """A lab host: reached at its private address or, where that is not reachable, as Vagrant says."""
     ssh: dict[str, Any] = {
         "ssh_known_hosts_file": str(settings.ROOT / ".vagrant" / "known_hosts"),
+        "secrets_folder": str(settings.SECRETS),
     }
     if _ssh_config.exists():
         ssh |= {"ssh_config_file": str(_ssh_config)}

@@ -10,6 +10,11 @@ only = ""
 # Stop a server although the cluster cannot spare one: --data accept_outage=true.
 accept_outage = False
 
+# Encrypt, authenticate and authorise everything. False: only for a lab that is thrown away.
+secure = True
+# Keys, tokens and certificates, on the controller; a relative path begins at the project. Back it up.
+secrets_folder = "secrets"
+
 # Versions, and where their zips come from (tasks/mirror.py). "" = the publisher's site.
 artifact_mirror = ""
 # Consul: 1.22 is out of support, and 2.0.4 drops idle RPC streams (hashicorp/consul#23923).
@@ -41,6 +46,7 @@ firewall_extra: list[dict[str, object]] = []
 consul_datacenter = "dc1"
 consul_http_address = "127.0.0.1"
 consul_http_port = 8500
+consul_https_port = 8501
 consul_dns_port = 8600
 consul_raft_multiplier = 1  # 1 = production timing, 5 = for slow machines
 

@@ -30,7 +30,8 @@ def down() -> None:
             hosts.remove_network(settings.load().network)
         if made:
             quietly("vagrant", "destroy", "--force")
-    shutil.rmtree(hosts.VAGRANT / "machines", ignore_errors=True)
+    for folder in (hosts.VAGRANT / "machines", settings.SECRETS):
+        shutil.rmtree(folder, ignore_errors=True)
     for file in (hosts.KNOWN_HOSTS, hosts.SSH_CONFIG, settings.FILE):
         file.unlink(missing_ok=True)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / ".lab.json"
+SECRETS = ROOT / ".vagrant" / "secrets"  # the lab's own: they go with its hosts
 PROVIDERS = ("docker", "virtualbox", "libvirt")
 SCHEDULERS = ("nomad", "docker")
 # All that VirtualBox allows for host-only networks: 192.168.56.0/21.

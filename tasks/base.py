@@ -9,7 +9,7 @@ from pyinfra.api import deploy, operation
 from pyinfra.facts.deb import DebPackages
 from pyinfra.operations import apt
 
-from tasks import config, rolling, vip
+from tasks import certificates, config, rolling, secrets, vip
 
 SYSCTL = "/etc/sysctl.d/60-hashistack.conf"
 JOURNAL = "/etc/systemd/journald.conf.d/hashistack.conf"
@@ -49,6 +49,13 @@ def install() -> None:
     install_packages(name="Install the packages", packages=packages())
 
 
+def _ca() -> list[config.File]:
+    """What every host trusts."""
+    if not host.data.secure:
+        return []
+    return [config.File(certificates.CA_FILE, certificates.ca(secrets.folder(host.data)))]
+
+
 @deploy("Base")
 def configure() -> None:
     settings = "".join(f"{key} = {value}\n" for key, value in host.data.base_sysctl.items())
@@ -58,6 +65,7 @@ def configure() -> None:
             config.File(ADDRESS_UNIT, config.render("base/private-address.service.j2")),
             config.File(JOURNAL, config.render("base/journald.conf.j2")),
             config.File(SYSCTL, settings),
+            *_ca(),
         ],
     )
     rolling.restart_if_stale(

@@ -1,7 +1,8 @@
 """The cluster's APIs from the controller: python-consul2 and python-nomad through pyinfra's own SSH.
 
 Nothing but SSH has to reach the hosts: the APIs listen on their loopback, and a forward goes through
-the connection that pyinfra has opened, so it obeys the same keys, jump hosts and known hosts.
+the connection that pyinfra has opened, so it obeys the same keys, jump hosts and known hosts. Inside of
+it both ends show a certificate of our CA, and every request carries the token of this run's role.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from paramiko import SSHException
 from paramiko.channel import Channel
 from paramiko.transport import Transport
 from pyinfra.api.exceptions import ConnectError
-from pyinfra.api.host import Host
+from pyinfra.api.host import Host, HostData
+
+from tasks import certificates, secrets
 
 # Both clients let these variables override their arguments: a stray one would address another cluster.
 for _name in [name for name in os.environ if name.startswith(("CONSUL_", "NOMAD_"))]:
@@ -112,29 +115,57 @@ def http_session() -> Iterator[requests.Session]:
         yield session
 
 
+# Whose tokens this run uses: all may be done with "bootstrap"; a script that needs less says so.
+_role = "bootstrap"
+
+
+def act_as(role: str, data: HostData) -> None:
+    """Use the tokens of `role` (release or status) from here on. Raises secrets.Missing, in one line."""
+    global _role
+    _role = role
+    if data.secure:
+        where = secrets.folder(data)
+        certificates.operator(where)
+        secrets.token(where, f"consul-{role}")
+
+
+def _tls(data: HostData) -> dict[str, Any]:
+    """What both clients take: the CA that is trusted, and our certificate."""
+    if not data.secure:
+        return {"verify": True}
+    where = secrets.folder(data)
+    certificates.operator(where)  # renewed in time
+    pair = (str(where / "operator.pem"), str(where / "operator.key"))
+    return {"verify": str(where / "ca.pem"), "cert": pair}
+
+
 @contextmanager
 def consul_api(host: Host) -> Iterator[consul.Consul]:
     """python-consul2 against the agent on `host`."""
-    with (
-        forward(host, host.data.consul_http_port, host.data.consul_http_address) as port,
-        http_session() as web,
-    ):
+    data = host.data
+    port = data.consul_https_port if data.secure else data.consul_http_port
+    with forward(host, port, data.consul_http_address) as local, http_session() as web:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            client = consul.Consul(host="127.0.0.1", port=port, timeout=TIMEOUT_S)
+            scheme = "https" if data.secure else "http"
+            client = consul.Consul(
+                host="127.0.0.1", port=local, scheme=scheme, timeout=TIMEOUT_S, **_tls(data)
+            )
         client.http.session = web
+        if data.secure:
+            # Not the client's own `token`: calls through client.http would go without.
+            web.headers["X-Consul-Token"] = secrets.token(secrets.folder(data), f"consul-{_role}")
         yield client
 
 
 @contextmanager
 def nomad_api(host: Host) -> Iterator[nomad.Nomad]:
     """python-nomad against the agent on `host`."""
-    with (
-        forward(host, host.data.nomad_http_port, host.data.nomad_http_address) as port,
-        http_session() as web,
-    ):
-        address = f"http://127.0.0.1:{port}"
-        yield nomad.Nomad(address=address, timeout=TIMEOUT_S, verify=True, session=web)
+    data = host.data
+    with forward(host, data.nomad_http_port, data.nomad_http_address) as local, http_session() as web:
+        address = f"{'https' if data.secure else 'http'}://127.0.0.1:{local}"
+        token = secrets.token(secrets.folder(data), f"nomad-{_role}") if data.secure else None
+        yield nomad.Nomad(address=address, timeout=TIMEOUT_S, session=web, token=token, **_tls(data))
 
 
 def wait_until(

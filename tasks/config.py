@@ -11,17 +11,16 @@ import hashlib
 import shlex
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import PurePosixPath
 
 from pyinfra import host, inventory
-from pyinfra.api import FactBase, FileUploadCommand, operation
+from pyinfra.api import FactBase, StringCommand, operation
 from pyinfra.api.util import get_template
 
 
 @dataclass(frozen=True)
 class File:
-    """A file as it should be: mode as stat prints it, owner as user:group."""
+    """A file as it should be: mode as stat prints it, owner as user:group; text ends with a line break."""
 
     dest: str
     text: str
@@ -56,17 +55,27 @@ def render(template: str, **values: object) -> str:
 
 
 @operation()
-def write(files: list[File]) -> Generator[str | FileUploadCommand]:
-    """Write the files that are missing or differ in content, mode or owner."""
+def write(files: list[File]) -> Generator[StringCommand]:
+    """Write the files that are missing or differ in content, mode or owner.
+
+    The text goes through standard input. An upload would lie in /tmp, readable for all, before it is
+    moved to its place; and it takes four round trips instead of one.
+    """
     found = host.get_fact(Found, paths=[file.dest for file in files])
     differing = [file for file in files if found.get(file.dest) != file.line()]
     if not differing:
         host.noop("all files are as they should be")
     for file in differing:
-        new = f"{file.dest}.new"  # touched last: a service that started meanwhile has not read it
-        yield f"mkdir -p {PurePosixPath(file.dest).parent} && install -m 600 /dev/null {new}"
-        yield FileUploadCommand(StringIO(file.text), new)
-        yield f"chown {file.owner} {new} && chmod {file.mode} {new} && touch {new} && mv -T {new} {file.dest}"
+        yield StringCommand(_replace(file), _stdin=file.text)
+
+
+def _replace(file: File) -> str:
+    """Its time is that of the rename: a service that started meanwhile has not read it."""
+    new = f"{file.dest}.new"
+    return (
+        f"mkdir -p {PurePosixPath(file.dest).parent} && install -m 600 /dev/null {new} && cat > {new}"
+        f" && chown {file.owner} {new} && chmod {file.mode} {new} && touch {new} && mv -T {new} {file.dest}"
+    )
 
 
 @operation()

@@ -11,7 +11,7 @@ from pyinfra.api import FunctionCommand, deploy, operation
 from pyinfra.api.host import Host
 from pyinfra.api.state import State
 
-from tasks import artifact, config, quorum, rolling
+from tasks import artifact, config, quorum, rolling, secrets
 from tasks.cluster import Unavailable, nomad_api, wait_until
 from tasks.consul import passing_checks, still_failing
 
@@ -28,6 +28,7 @@ def install() -> None:
         "nomad/nomad.hcl.j2",
         is_server="servers" in host.groups,
         servers=[member.data.address for member in inventory.get_group("servers")],
+        consul_token=secrets.token(secrets.folder(host.data), "consul-nomad") if host.data.secure else "",
     )
     config.write(
         name="Configure Nomad",

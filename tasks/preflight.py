@@ -8,7 +8,7 @@ from pyinfra import host, inventory, logger, state
 from pyinfra.api import DeployError, FactBase, operation
 from pyinfra.facts.server import LinuxDistribution
 
-from tasks import artifact, registry, rolling, vip
+from tasks import artifact, certificates, registry, rolling, secrets, vip
 
 
 def check_hosts() -> None:
@@ -115,6 +115,17 @@ def check_groups() -> None:
             f"{count} servers: {'no majority survives a split' if count % 2 == 0 else 'a quorum needs more'}"
             "; use 3 or 5"
         )
+
+
+def make_secrets() -> None:
+    """What was never made on this controller is made, all of it together."""
+    if not host.data.secure:
+        if rolling.driver():
+            logger.warning("secure = False: nothing is encrypted, and anyone on this network may change all")
+        return
+    where = secrets.folder(host.data)
+    secrets.make(where)
+    certificates.make(where)
 
 
 @operation()

@@ -36,7 +36,7 @@ def uploaded(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
         return folder
 
     def read(host: str, path: str, *arguments: str) -> str:
-        return (hosts(*arguments) / host / f"{path.lstrip('/')}.new").read_text()
+        return (hosts(*arguments) / host / path.lstrip("/")).read_text()
 
     return read
 

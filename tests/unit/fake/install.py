@@ -2,8 +2,9 @@
 
 from pyinfra import host
 
-from tasks import base, consul, docker, nomad
+from tasks import base, consul, docker, nomad, preflight
 
+preflight.make_secrets()
 base.configure()
 consul.install()
 if "workers" in host.groups:

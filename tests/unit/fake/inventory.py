@@ -6,7 +6,7 @@ from tests.unit.fake import world
 
 
 def _host(name: str, address: str) -> tuple[str, dict[str, Any]]:
-    return f"@fake/{name}", {"address": address}
+    return f"@fake/{name}", {"address": address, "secrets_folder": str(world.FOLDER / "secrets")}
 
 
 workers = [

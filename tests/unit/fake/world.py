@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,6 +57,8 @@ def run_shell_command(
     for part, lines in known.items():
         if part in line:
             return _answer(*lines)
+    if arguments.get("_stdin"):
+        return _keep(connector.host, line, str(arguments["_stdin"]))
     note("shell", connector.host, line)
     return _answer(success=name not in world.get(f"fails: {line}", []))
 
@@ -87,6 +90,14 @@ def _restart(world: dict[str, Any], name: str) -> tuple[bool, CommandOutput]:
 
 def _answer(*lines: str, success: bool = True) -> tuple[bool, CommandOutput]:
     return success, CommandOutput([OutputLine("stdout", line) for line in lines])
+
+
+def _keep(host: Host, line: str, text: str) -> tuple[bool, CommandOutput]:
+    """What config.write sends, as <folder>/<host>/<path>."""
+    kept = FOLDER / short(host) / re.findall(r"mv -T \S+ (\S+)", line)[0].lstrip("/")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(text)
+    return _answer()
 
 
 def put_file(
