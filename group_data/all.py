@@ -31,6 +31,9 @@ base_sysctl = {
     "net.core.somaxconn": 4096,  # HAProxy's listen backlog
 }
 base_journal_max = "200M"
+base_unattended_upgrades = True  # security updates, every day
+# But for these, whose upgrade restarts what we only reload or move away first.
+base_upgrade_by_hand = ["docker.io", "containerd", "runc", "haproxy", "keepalived"]
 
 # firewall: what comes in from where, see docs/ports.md
 firewall = True

@@ -9,10 +9,11 @@ from pyinfra.api import deploy, operation
 from pyinfra.facts.deb import DebPackages
 from pyinfra.operations import apt
 
-from tasks import certificates, config, rolling, secrets, vip
+from tasks import certificates, config, haproxy, rolling, secrets, vip
 
 SYSCTL = "/etc/sysctl.d/60-hashistack.conf"
 JOURNAL = "/etc/systemd/journald.conf.d/hashistack.conf"
+UPGRADES = "/etc/apt/apt.conf.d/60hashistack-upgrades"
 ADDRESS_UNIT = "/etc/systemd/system/private-address.service"
 
 
@@ -33,6 +34,8 @@ def install_packages(packages: list[str]) -> Generator[str]:
 def packages() -> list[str]:
     """One list, so that all hosts install at the same time whatever they become."""
     wanted = list(host.data.base_packages)
+    if host.data.base_unattended_upgrades:
+        wanted.append("unattended-upgrades")
     if host.data.firewall:
         wanted += host.data.firewall_packages
     if "workers" in host.groups:
@@ -56,6 +59,13 @@ def _ca() -> list[config.File]:
     return [config.File(certificates.CA_FILE, certificates.ca(secrets.folder(host.data)))]
 
 
+def _upgrades() -> list[config.File]:
+    """Its name comes after that of the package's own settings, which it replaces."""
+    if not host.data.base_unattended_upgrades:
+        return []
+    return [config.File(UPGRADES, config.render("base/unattended-upgrades.j2"))]
+
+
 @deploy("Base")
 def configure() -> None:
     settings = "".join(f"{key} = {value}\n" for key, value in host.data.base_sysctl.items())
@@ -65,7 +75,9 @@ def configure() -> None:
             config.File(ADDRESS_UNIT, config.render("base/private-address.service.j2")),
             config.File(JOURNAL, config.render("base/journald.conf.j2")),
             config.File(SYSCTL, settings),
+            *_upgrades(),
             *_ca(),
+            *(haproxy.before_package() if "proxies" in host.groups else []),
         ],
     )
     rolling.restart_if_stale(

@@ -37,6 +37,11 @@ CONSUL_TEMPLATE = [
 ]
 
 
+def before_package() -> list[config.File]:
+    """The package starts HAProxy, which nobody restarts: it has to find its limits then."""
+    return [config.File(DROP_IN, config.render("haproxy/haproxy.conf"))]
+
+
 @deploy("HAProxy")
 def install() -> None:
     hold_package(name="Hold HAProxy's package", package="haproxy")
@@ -82,7 +87,7 @@ def _configure() -> None:
             config.File(TEMPLATE, config.render("haproxy/haproxy.cfg.j2", discover=True)),
             config.File(WITHOUT_SERVERS, config.render("haproxy/haproxy.cfg.j2", discover=False)),
             config.File(APPLY, config.render("haproxy/haproxy-apply"), mode="755"),
-            config.File(DROP_IN, config.render("haproxy/haproxy.conf")),
+            *before_package(),
             *(config.File(f"{SYSTEMD}/{unit}", config.render(f"haproxy/{unit}")) for unit in units),
         ],
     )
