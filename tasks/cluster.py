@@ -26,6 +26,8 @@ from paramiko.transport import Transport
 from pyinfra.api.exceptions import ConnectError
 from pyinfra.api.host import Host
 
+from tasks import secrets
+
 # Both clients let these variables override their arguments: a stray one would address another cluster.
 for _name in [name for name in os.environ if name.startswith(("CONSUL_", "NOMAD_"))]:
     del os.environ[_name]
@@ -127,14 +129,28 @@ def consul_api(host: Host) -> Iterator[consul.Consul]:
 
 
 @contextmanager
-def nomad_api(host: Host) -> Iterator[nomad.Nomad]:
-    """python-nomad against the agent on `host`."""
+def nomad_api(host: Host, token: str = "operator") -> Iterator[nomad.Nomad]:
+    """python-nomad against the agent on `host`. token: bootstrap, or one of tasks/nomad_acl.py."""
     with (
         forward(host, host.data.nomad_http_port, host.data.nomad_http_address) as port,
         http_session() as web,
     ):
-        address = f"http://127.0.0.1:{port}"
-        yield nomad.Nomad(address=address, timeout=TIMEOUT_S, verify=True, session=web)
+        access = _nomad_access(host, token, port)
+        yield nomad.Nomad(timeout=TIMEOUT_S, session=web, **access)
+
+
+def _nomad_access(host: Host, token: str, port: int) -> dict[str, Any]:
+    """Where a token is not made yet, we come without one: Nomad's refusal is then an answer to wait on."""
+    if not host.data.secure:
+        return {"address": f"http://127.0.0.1:{port}", "verify": True}
+    where = secrets.folder(host.data)
+    secret = where / f"token-nomad-{token}"
+    return {
+        "address": f"https://127.0.0.1:{port}",
+        "verify": str(where / "ca.pem"),
+        "cert": (str(where / "operator.pem"), str(where / "operator.key")),
+        "token": secret.read_text().strip() if secret.exists() else None,
+    }
 
 
 def wait_until(
