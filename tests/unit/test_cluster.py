@@ -88,6 +88,7 @@ KEY = paramiko.ECDSAKey.generate()
 def secrets_folder(tmp_path: Path) -> Path:
     """With the secrets and certificates of a cluster."""
     secrets.make(tmp_path / "secrets")
+    secrets.write(tmp_path / "secrets", "token-nomad-operator", "made by Nomad")
     certificates.make(tmp_path / "secrets")
     return tmp_path / "secrets"
 
@@ -186,14 +187,14 @@ def test_both_clients_show_their_certificate_and_token(secure_host: Host, secret
     with cluster.consul_api(secure_host) as consul, cluster.nomad_api(secure_host) as nomad:
         assert consul.status.leader() == "192.168.56.12:8300"
         assert nomad.regions.get_regions() == ["global"]
-    wanted = [secrets.token(secrets_folder, f"{tool}-bootstrap") for tool in ("consul", "nomad")]
+    wanted = [secrets.token(secrets_folder, name) for name in ("consul-bootstrap", "nomad-operator")]
     assert Api.tokens == wanted
 
 
 def test_a_script_acts_with_less(
     secure_host: Host, secrets_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "_role", "bootstrap")
+    monkeypatch.setattr(cluster, "_role", "operator")
     cluster.act_as("status", secure_host.data)
     with cluster.consul_api(secure_host) as consul:
         consul.status.leader()
