@@ -67,6 +67,7 @@ nomad_http_port = 4646
 nomad_reserved_cpu_mhz = 200
 nomad_reserved_memory_mb = 256
 nomad_failover_heartbeat_ttl = "30s"  # a new leader takes a client for lost after this long
+nomad_pids_limit = 512  # of a container whose job names no limit
 nomad_image_delay = "720h"  # images of old versions stay this long for a rollback
 
 # registry

@@ -115,8 +115,8 @@ def http_session() -> Iterator[requests.Session]:
         yield session
 
 
-# Whose tokens this run uses: all may be done with "bootstrap"; a script that needs less says so.
-_role = "bootstrap"
+# Whose tokens this run uses: deploy.py may do all; a script that needs less says so.
+_role = "operator"
 
 
 def act_as(role: str, data: HostData) -> None:
@@ -126,7 +126,12 @@ def act_as(role: str, data: HostData) -> None:
     if data.secure:
         where = secrets.folder(data)
         certificates.operator(where)
-        secrets.token(where, f"consul-{role}")
+        secrets.token(where, consul_token())
+
+
+def consul_token() -> str:
+    """The name of this run's token in Consul, where the operator's is the bootstrap token."""
+    return "consul-bootstrap" if _role == "operator" else f"consul-{_role}"
 
 
 def _tls(data: HostData) -> dict[str, Any]:
@@ -154,18 +159,24 @@ def consul_api(host: Host) -> Iterator[consul.Consul]:
         client.http.session = web
         if data.secure:
             # Not the client's own `token`: calls through client.http would go without.
-            web.headers["X-Consul-Token"] = secrets.token(secrets.folder(data), f"consul-{_role}")
+            web.headers["X-Consul-Token"] = secrets.token(secrets.folder(data), consul_token())
         yield client
 
 
 @contextmanager
-def nomad_api(host: Host) -> Iterator[nomad.Nomad]:
-    """python-nomad against the agent on `host`."""
+def nomad_api(host: Host, token: str = "") -> Iterator[nomad.Nomad]:
+    """python-nomad against the agent on `host`. token: bootstrap; by default that of this run's role."""
     data = host.data
     with forward(host, data.nomad_http_port, data.nomad_http_address) as local, http_session() as web:
         address = f"{'https' if data.secure else 'http'}://127.0.0.1:{local}"
-        token = secrets.token(secrets.folder(data), f"nomad-{_role}") if data.secure else None
-        yield nomad.Nomad(address=address, timeout=TIMEOUT_S, session=web, token=token, **_tls(data))
+        secret = _nomad_token(data, token or _role) if data.secure else None
+        yield nomad.Nomad(address=address, timeout=TIMEOUT_S, session=web, token=secret, **_tls(data))
+
+
+def _nomad_token(data: HostData, name: str) -> str | None:
+    """Where a token is not made yet, we come without one: Nomad's refusal is then an answer to wait on."""
+    file = secrets.folder(data) / f"token-nomad-{name}"
+    return file.read_text().strip() if file.exists() else None
 
 
 def wait_until(

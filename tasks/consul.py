@@ -15,7 +15,7 @@ from tasks.cluster import consul_api
 
 CONFIG = "/etc/consul.d/consul.hcl"
 SECRETS = "/etc/consul.d/secrets.hcl"
-CERTIFICATE, KEY = "/etc/consul.d/consul.pem", "/etc/consul.d/consul.key"
+CERTIFICATE, KEY = "/etc/consul.d/tls/consul.pem", "/etc/consul.d/tls/consul.key"
 UNIT = "/etc/systemd/system/consul.service"
 FILES = [CONFIG, UNIT, "/usr/local/bin/consul"]
 READ_ON_RELOAD = [SECRETS, CERTIFICATE, KEY, certificates.CA_FILE]

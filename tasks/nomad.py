@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
+import gevent  # type: ignore[import-untyped]
 from nomad.api.exceptions import BaseNomadException
 from pyinfra import host, inventory, logger
-from pyinfra.api import FunctionCommand, deploy, operation
+from pyinfra.api import FactBase, FunctionCommand, deploy, operation
 from pyinfra.api.host import Host
 from pyinfra.api.state import State
 
-from tasks import artifact, config, quorum, rolling, secrets
+from tasks import artifact, certificates, config, lock, nomad_acl, quorum, rolling, secrets
 from tasks.cluster import Unavailable, nomad_api, wait_until
 from tasks.consul import passing_checks, still_failing
 
 CONFIG = "/etc/nomad.d/nomad.hcl"
+CERT, KEY = "/etc/nomad.d/nomad.pem", "/etc/nomad.d/nomad.key"
 UNIT = "/etc/systemd/system/nomad.service"
 FILES = [CONFIG, UNIT, "/usr/local/bin/nomad"]
 JOIN_S = 4.0  # an election takes 1.5 s on the lab, a registration 0.2 s
@@ -24,19 +26,35 @@ JOIN_S = 4.0  # an election takes 1.5 s on the lab, a registration 0.2 s
 @deploy("Nomad")
 def install() -> None:
     artifact.install(name="Install Nomad", tool="nomad", version=host.data.nomad_version)
-    text = config.render(
-        "nomad/nomad.hcl.j2",
-        is_server="servers" in host.groups,
-        servers=[member.data.address for member in inventory.get_group("servers")],
-        consul_token=secrets.token(secrets.folder(host.data), "consul-nomad") if host.data.secure else "",
-    )
     config.write(
         name="Configure Nomad",
         files=[
-            config.File(CONFIG, text, mode="600"),
+            config.File(CONFIG, _configuration(), mode="600"),
             config.File(UNIT, config.render("nomad/nomad.service")),
+            *_certificate(),
         ],
     )
+
+
+def _configuration() -> str:
+    where, secure = secrets.folder(host.data), host.data.secure
+    return config.render(
+        "nomad/nomad.hcl.j2",
+        is_server="servers" in host.groups,
+        servers=[member.data.address for member in inventory.get_group("servers")],
+        ca=certificates.CA_FILE,
+        cert=CERT,
+        key=KEY,
+        gossip_key=secure and secrets.gossip_key(where, "nomad"),
+        consul_token=secure and secrets.token(where, "consul-nomad"),
+    )
+
+
+def _certificate() -> list[config.File]:
+    if not host.data.secure:
+        return []
+    pair = certificates.certificate(host, "nomad")
+    return [config.File(CERT, pair.pem), config.File(KEY, pair.key, mode="600")]
 
 
 @deploy("Nomad")
@@ -50,13 +68,88 @@ def roll() -> None:
     """One host at a time for what runs with an older binary or configuration, the leader last."""
     if host.name != rolling.members("workers")[0].name:
         return
+    if host.data.secure and nomad_acl.missing(host.data):
+        # Before the first roll, whose gates ask what takes TLS and a token.
+        encrypt_together(name="Restart together what runs without encryption")
+        give_rights(name="Make Nomad's tokens")
     rolling.roll(name="Restart Nomad where it is stale, one host at a time", service=SERVICE)
+    if host.data.secure:
+        give_rights(name="Give each token in Nomad its rights")
     join(name="Wait until Nomad has a leader and its clients are ready")
     rolling.change_by_api(
         name="Let Nomad's autopilot keep as many servers as there are",
         differs=_other_min_quorum,
         change=_set_min_quorum,
     )
+
+
+class Plain(FactBase[bool]):
+    """Whether the agent on this host answers without TLS; one with TLS says 400 to that."""
+
+    def command(self, address: str, port: int) -> str:
+        ask = f"exec 3<>/dev/tcp/{address}/{port} && printf 'GET / HTTP/1.0\\r\\n\\r\\n' >&3 && head -n 1 <&3"
+        return f'timeout 5 bash -c "{ask}" 2>/dev/null || true'
+
+    def process(self, output: Iterable[str]) -> bool:
+        line = "".join(output)
+        return bool(line) and " 400 " not in line
+
+
+@operation()
+def encrypt_together() -> Generator[FunctionCommand]:
+    """Nomad encrypts its gossip with no way between off and on: servers that do do not hear those that do
+    not. So its agents restart together, once; the containers and what they serve go on meanwhile."""
+    plain = [member for member in rolling.members("workers") if _plain(member)]
+    if not plain:
+        host.noop("what runs is encrypted")
+        return
+    yield FunctionCommand(_restart_together, (plain,), {})
+
+
+def _plain(member: Host) -> bool:
+    data = member.data
+    found: bool = member.get_fact(Plain, address=data.nomad_http_address, port=data.nomad_http_port)
+    return found
+
+
+def _restart_together(state: State, host: Host, members: list[Host]) -> bool:
+    names = ", ".join(member.name for member in members)
+    logger.warning(f"Nomad becomes encrypted: it restarts together on {names}, once; what it runs goes on")
+    absent = [m.name for m in inventory.get_group("servers") if m not in rolling.members("servers")]
+    fault = lock.fault()
+    if absent:
+        fault = f"take {', '.join(absent)} in: without encryption it could not talk to the others"
+    if not fault:
+        restarts = [gevent.spawn(rolling.run, member, "nomad") for member in members]
+        gevent.joinall(restarts)
+        fault = "; ".join(str(done.value) for done in restarts if done.value)
+    if fault:
+        logger.error(f"{host.print_prefix}Nomad: {fault}")
+    return not fault
+
+
+@operation()
+def give_rights() -> Generator[FunctionCommand]:
+    """Bootstrap Nomad's ACLs and write what differs, once there is a leader; no change when all is there."""
+    if wait_until("", nomad_acl.differs, 0) is None:
+        host.noop("every token has its rights")
+        return
+    yield FunctionCommand(_give_rights, (), {})
+
+
+def _give_rights(state: State, host: Host) -> bool:
+    deadline_s = float(host.data.roll_deadline_s)
+    refused: list[str] = []
+
+    def granted() -> str | None:
+        """A new leader refuses for some moments; a wrong token is refused for ever."""
+        refused[:] = filter(None, [nomad_acl.grant()])
+        return None
+
+    fault = wait_until("Nomad's first leader", granted, deadline_s, logger.info) or "".join(refused)
+    if fault:
+        logger.error(f"{host.print_prefix}Nomad: {fault}; see journalctl -u nomad there")
+    return not fault
 
 
 def _other_min_quorum() -> str | None:

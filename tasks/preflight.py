@@ -126,6 +126,7 @@ def make_secrets() -> None:
     where = secrets.folder(host.data)
     secrets.make(where)
     certificates.make(where)
+    certificates.operator(where)
 
 
 @operation()

@@ -15,7 +15,7 @@ from pyinfra.api.command import QuoteString
 from pyinfra.facts.docker import DockerImage
 from pyinfra.facts.server import Arch, Which
 
-from tasks import artifact, config, containers, rolling
+from tasks import artifact, config, containers, nomad_acl, rolling
 from tasks.cluster import consul_api, nomad_api
 from tasks.mirror import cache_dir
 
@@ -85,19 +85,32 @@ def load_image(image: str, tar: Path) -> Generator[FileUploadCommand | StringCom
 def _job_differs() -> str | None:
     with nomad_api(host) as api:
         job = _job(api)
+        if nomad_acl.PLATFORM not in {one["Name"] for one in api.namespaces.get_namespaces()}:
+            return "it has no namespace yet"
         plan = api.job.plan_job(job["ID"], {"Job": job}, diff=True)
     return None if plan["Diff"]["Type"] == "None" else "the plan shows a difference"
 
 
 def _job(api: Nomad) -> dict[str, Any]:
-    parsed: dict[str, Any] = api.jobs.parse(config.render("registry/registry.nomad.hcl.j2"))
+    parsed: dict[str, Any] = api.jobs.parse(
+        config.render("registry/registry.nomad.hcl.j2", namespace=nomad_acl.PLATFORM)
+    )
     return parsed
 
 
 def _register() -> None:
     with nomad_api(host) as api:
         job = _job(api)
+        _make_room(api)
         api.job.register_job(job["ID"], {"Job": job})
+
+
+def _make_room(api: Nomad) -> None:
+    """Its namespace; and no registry in the app's, where it ran before and holds the port."""
+    with nomad_api(host, "bootstrap") as manager:  # no other token may
+        manager.namespace.create_namespace({"Name": nomad_acl.PLATFORM})
+    if "registry" in {job["ID"] for job in api.jobs.get_jobs(namespace="default")}:
+        api.job.deregister_job("registry", purge=True, namespace="default")
 
 
 def _missing() -> str | None:

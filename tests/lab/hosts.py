@@ -20,6 +20,7 @@ from testinfra.host import Host
 import inventory
 from group_data import all as knobs
 from lab import settings
+from tasks import secrets
 
 ROOT = settings.ROOT
 SETTINGS = settings.load()
@@ -108,11 +109,18 @@ def on_all(members: list[str], command: str) -> dict[str, str]:
 
 def api(host: str, port: int, path: str) -> Any:  # noqa: ANN401
     """GET from an API on a host's loopback: its JSON, or its text. Bare hosts have no curl, but bash."""
-    request = rf"GET {path} HTTP/1.0\r\n\r\n"
+    request = rf"GET {path} HTTP/1.0\r\n{_header(port)}\r\n"
     answer = on(host, f"exec 3<>/dev/tcp/127.0.0.1/{port}; printf '{request}' >&3; cat <&3")
     _, _, body = answer.partition("\n\n")
     # Consul calls the JSON of an unhealthy answer plain text.
     return json.loads(body) if body[:1] in ("{", "[", '"') else body
+
+
+def _header(port: int) -> str:
+    """Consul's token of status.py. The command goes by standard input: no process list shows it."""
+    if not knob("secure") or port != knobs.consul_http_port:
+        return ""
+    return rf"X-Consul-Token: {secrets.token(settings.SECRETS, 'consul-status')}\r\n"
 
 
 def power_off(*members: str) -> None:
