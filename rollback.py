@@ -24,3 +24,4 @@ history.begin(
     digest_of=distribute.digest_of,
 )
 app.put_into_service(version)
+app.finish(version)

@@ -63,14 +63,7 @@ def _check_registries(version: str) -> None:
         raise DeployError(f"{version}: {fault}; delete the wrong one")
     if found:
         _check_source(version, distribute.source(next(iter(found)), version))
-    else:
-        _check_builder(version)
-
-
-def _check_builder(version: str) -> None:
-    if not rolling.members("builder"):
-        raise DeployError(f"{version}: was never released, and no builder takes part in this run")
-    if not (Path(host.data.app_folder) / "Dockerfile").is_file():
+    elif not (Path(host.data.app_folder) / "Dockerfile").is_file():
         raise DeployError(f"app_folder={host.data.app_folder}: no Dockerfile there")
 
 
@@ -92,7 +85,7 @@ def _check_source(version: str, built_from: str) -> None:
 
 
 def put_into_service(version: str) -> None:
-    """What release.py and rollback.py end with, once every worker holds the image."""
+    """For release.py and rollback.py, once every worker holds the image."""
     if "workers" in host.groups:
         roll(name=f"Replace what runs by {version}", version=version)
     if "proxies" in host.groups:
@@ -102,6 +95,10 @@ def put_into_service(version: str) -> None:
             fault=serving.exactly(version),
         )
     history.end(name="Note that it is in service")
+
+
+def finish(version: str) -> None:
+    """The end of release.py and rollback.py."""
     lock.give_back(name="Let the next run begin")
     if "workers" in host.groups:
         see_it_answers(name="Check that each worker still answers", version=version)

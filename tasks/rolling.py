@@ -46,9 +46,9 @@ def restart_command(unit: str) -> str:
 
 
 @operation()
-def restart_if_stale(unit: str, files: list[str]) -> Generator[str]:
-    """Start and enable `unit`, or restart it when one of `files` is newer than its main process."""
-    if host.get_fact(UnitState, unit=unit, files=files) == "fresh":
+def restart_if_stale(unit: str, files: list[str], since: str = PROCESS_START) -> Generator[str]:
+    """Start and enable `unit`, or restart it when one of `files` is newer than its start (see UnitState)."""
+    if host.get_fact(UnitState, unit=unit, files=files, since=since) == "fresh":
         host.noop(f"{unit} runs with its current files")
         return
     yield restart_command(unit)
