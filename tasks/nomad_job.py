@@ -319,9 +319,11 @@ def release(version: str, say: Callable[[str], Any]) -> str | None:
     if not digest:
         return "neither a registry nor every worker's Docker holds it"
     differ = distribute.disagreement(distribute.digests(version))
-    fault = differ or wait_until("the workers outside this run", lambda: _strangers(digest), _FETCHED_S, say)
-    if fault:
-        return fault
+    if differ:
+        return differ
+    lacking = wait_until("the others", lambda: _strangers(digest), _FETCHED_S, say)
+    if lacking:
+        return f"{lacking}; take it in, or make it ineligible (nomad node eligibility -disable)"
     with nomad_api(_agent()) as api:
         job, planned = plan(api, render(host.data, version, digest))
         fault = unplaceable(planned["FailedTGAllocs"])
@@ -358,10 +360,7 @@ def _strangers(digest: str) -> str | None:
     ]
     if not lacking:
         return None
-    return (
-        f"{', '.join(lacking)}: Nomad would use it, but it is not in this run, and its registry has not"
-        " fetched the image; take it in, or make it ineligible (nomad node eligibility -disable)"
-    )
+    return f"{', '.join(lacking)}, not in this run, but used by Nomad, has not fetched the image yet"
 
 
 def stable_versions(member: Host | None = None) -> list[str]:
