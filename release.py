@@ -10,9 +10,11 @@ from tasks import app, distribute, history, lock, preflight, prune, rolling
 
 version = app.wanted_version()
 preflight.check_hosts()
+preflight.check_workers()
 distribute.notice_loss()
 if host.name == rolling.members("workers")[0].name:
     app.check(version)
+    prune.check()
 
 preflight.stop_at_first_failure(name="Stop at the first failure")
 lock.hold(name="Let no other run begin", what=f"release {version}")

@@ -9,6 +9,7 @@ from pyinfra import logger
 from tasks import app, distribute, history, lock, preflight, rollback, rolling
 
 preflight.check_hosts()
+preflight.check_workers()
 distribute.notice_loss()
 version = rollback.wanted_version()
 if rolling.driver():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pyinfra import host, logger
@@ -63,19 +64,37 @@ def _check_registries(version: str) -> None:
         raise DeployError(f"{version}: {fault}; delete the wrong one")
     if found:
         _check_source(version, distribute.source(next(iter(found)), version))
-    elif not (Path(host.data.app_folder) / "Dockerfile").is_file():
+    else:
+        _check_new(version)
+
+
+def _check_new(version: str) -> None:
+    if not (Path(host.data.app_folder) / "Dockerfile").is_file():
         raise DeployError(f"app_folder={host.data.app_folder}: no Dockerfile there")
+    with _consul_answers():
+        served = history.served(lock.ask(history.entries))
+    if version in served:
+        raise DeployError(
+            f"{version}: was in service before, and no registry of this run holds it any more;"
+            " choose a new version"
+        )
+
+
+@contextmanager
+def _consul_answers() -> Iterator[None]:
+    try:
+        yield
+    except cluster.Unavailable as error:
+        reason = distribute.said(error)
+        raise DeployError(f"{host.name}: Consul does not answer ({reason}); run deploy.py") from None
 
 
 def _check_source(version: str, built_from: str) -> None:
     """A version is built once. Its image is used again, but never passed off as newer source."""
     if image.source_hash(Path(host.data.app_folder)) == built_from:
         return
-    try:
+    with _consul_answers():
         running = version in serving.running_versions()
-    except cluster.Unavailable as error:
-        reason = distribute.said(error)
-        raise DeployError(f"{host.name}: Consul does not answer ({reason}); run deploy.py") from None
     if running:
         raise DeployError(
             f"{version}: runs already and {host.data.app_folder}/ has changed since it was built;"
