@@ -6,14 +6,16 @@ see that exactly the new version serves. What fails leaves the old version servi
 
 from pyinfra import host
 
-from tasks import app, cluster, distribute, history, lock, preflight, rolling
+from tasks import app, cluster, distribute, history, lock, preflight, prune, rolling
 
 version = app.wanted_version()
 preflight.check_hosts()
+preflight.check_workers()
 cluster.act_as("release", host.data)
 distribute.notice_loss()
 if host.name == rolling.members("workers")[0].name:
     app.check(version)
+    prune.check()
 
 preflight.stop_at_first_failure(name="Stop at the first failure")
 lock.hold(name="Let no other run begin", what=f"release {version}")
@@ -24,7 +26,7 @@ history.begin(
     settled=app.settled,
     digest_of=distribute.digest_of,
 )
-if "builder" in host.groups:
+if "workers" in host.groups:
     distribute.build(name=f"Build the image of {version}", version=version)
 
 distribute.go_on_without_the_lost(name="Go on without a worker that is lost from here on")
@@ -34,3 +36,6 @@ if "workers" in host.groups:
 
 preflight.stop_at_first_failure(name="Stop at the first failure again")
 app.put_into_service(version)
+if "workers" in host.groups:
+    prune.prune(name="Delete the versions that are not needed any more")
+app.finish(version)

@@ -9,6 +9,7 @@ from pyinfra import host, logger
 from tasks import app, cluster, distribute, history, lock, preflight, rollback, rolling
 
 preflight.check_hosts()
+preflight.check_workers()
 cluster.act_as("release", host.data)
 distribute.notice_loss()
 version = rollback.wanted_version()
@@ -25,3 +26,4 @@ history.begin(
     digest_of=distribute.digest_of,
 )
 app.put_into_service(version)
+app.finish(version)

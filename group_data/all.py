@@ -73,6 +73,8 @@ nomad_image_delay = "720h"  # images of old versions stay this long for a rollba
 # registry
 registry_port = 5000
 registry_image = "hashistack/registry:2"
+registry_sync_interval = "60s"  # after which a worker fetches what only the other registries hold
+registry_keep_versions = 10  # of the app, those last in service: older ones are deleted after a release
 
 # haproxy
 haproxy_packages = ["haproxy", "socat"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from nomad.api.exceptions import URLNotFoundNomadException
 from pyinfra import host
 
-from tasks import cluster, containers, rolling
+from tasks import cluster, containers, preflight, rolling
 
 
 def _in_nomad() -> bool:
@@ -23,6 +23,7 @@ def _in_docker() -> bool:
     return any(containers.instances(worker) for worker in rolling.members("workers"))
 
 
+preflight.check_workers()
 if host.name == rolling.members("workers")[0].name:
     found = _in_nomad() if host.data.scheduler == "nomad" else _in_docker()
     print(f"released: {'yes' if found else 'no'}")

@@ -46,7 +46,7 @@ def main() -> None:
     with stage("Deploy: pyinfra -y inventory.py deploy.py"):
         run(PYINFRA, "-y", "inventory.py", "deploy.py")
     release(everything_new=len(new) == lab.workers + lab.proxies)
-    print(farewell(lab.http_port, time.monotonic() - start))
+    print(farewell(lab, time.monotonic() - start))
 
 
 def check(lab: Settings) -> None:
@@ -146,10 +146,12 @@ def release(everything_new: bool) -> None:
         run(PYINFRA, "-y", "inventory.py", "release.py", "--data", f"version={version}")
 
 
-def farewell(port: int, seconds: float) -> str:
+def farewell(lab: Settings, seconds: float) -> str:
+    vip = f"http://{lab.network}.20:8080"
+    shared = f"\nThe proxies share {vip}: one of them answers there." if lab.proxies > 1 else ""
     return f"""
-The app answers at http://localhost:{port} ({seconds:.0f} s). Next:
-    curl localhost:{port}/version
+The app answers at http://localhost:{lab.http_port} ({seconds:.0f} s).{shared} Next:
+    curl localhost:{lab.http_port}/version
     .venv/bin/pyinfra -y inventory.py release.py --data version=0.0.3
     make down"""
 

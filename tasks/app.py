@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pyinfra import host, logger
@@ -64,25 +65,36 @@ def _check_registries(version: str) -> None:
     if found:
         _check_source(version, distribute.source(next(iter(found)), version))
     else:
-        _check_builder(version)
+        _check_new(version)
 
 
-def _check_builder(version: str) -> None:
-    if not rolling.members("builder"):
-        raise DeployError(f"{version}: was never released, and no builder takes part in this run")
+def _check_new(version: str) -> None:
     if not (Path(host.data.app_folder) / "Dockerfile").is_file():
         raise DeployError(f"app_folder={host.data.app_folder}: no Dockerfile there")
+    with _consul_answers():
+        served = history.served(lock.ask(history.entries))
+    if version in served:
+        raise DeployError(
+            f"{version}: was in service before, and no registry of this run holds it any more;"
+            " choose a new version"
+        )
+
+
+@contextmanager
+def _consul_answers() -> Iterator[None]:
+    try:
+        yield
+    except cluster.Unavailable as error:
+        reason = distribute.said(error)
+        raise DeployError(f"{host.name}: Consul does not answer ({reason}); run deploy.py") from None
 
 
 def _check_source(version: str, built_from: str) -> None:
     """A version is built once. Its image is used again, but never passed off as newer source."""
     if image.source_hash(Path(host.data.app_folder)) == built_from:
         return
-    try:
+    with _consul_answers():
         running = version in serving.running_versions()
-    except cluster.Unavailable as error:
-        reason = distribute.said(error)
-        raise DeployError(f"{host.name}: Consul does not answer ({reason}); run deploy.py") from None
     if running:
         raise DeployError(
             f"{version}: runs already and {host.data.app_folder}/ has changed since it was built;"
@@ -92,7 +104,7 @@ def _check_source(version: str, built_from: str) -> None:
 
 
 def put_into_service(version: str) -> None:
-    """What release.py and rollback.py end with, once every worker holds the image."""
+    """For release.py and rollback.py, once every worker holds the image."""
     if "workers" in host.groups:
         roll(name=f"Replace what runs by {version}", version=version)
     if "proxies" in host.groups:
@@ -102,6 +114,10 @@ def put_into_service(version: str) -> None:
             fault=serving.exactly(version),
         )
     history.end(name="Note that it is in service")
+
+
+def finish(version: str) -> None:
+    """The end of release.py and rollback.py."""
     lock.give_back(name="Let the next run begin")
     if "workers" in host.groups:
         see_it_answers(name="Check that each worker still answers", version=version)

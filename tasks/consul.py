@@ -144,20 +144,28 @@ def _unchecked(member: Host) -> str | None:
     return f"checks have not run yet since Consul's restart on {names}" if names else None
 
 
-def passing_checks(member: Host) -> dict[str, bool]:
-    """Check id -> passes, of all checks on this node, in the catalog and as its agent has it.
+def _checks(member: Host) -> dict[str, tuple[str, bool]]:
+    """Check id -> its name and whether it passes, in the catalog and as its agent has it, for this node.
 
     For half a second a restarted agent's checks still pass in the catalog: only the agent knows better.
     """
     with consul_api(member) as api:
         agent = {c["CheckID"]: c["Status"] for c in api.agent.checks().values()}
-        catalog = {c["CheckID"]: c["Status"] for c in api.health.node(member.name)[1]}
-    return {check: agent.get(check, status) == status == "passing" for check, status in catalog.items()}
+        catalog = api.health.node(member.name)[1]
+    return {
+        c["CheckID"]: (c["Name"], agent.get(c["CheckID"], c["Status"]) == c["Status"] == "passing")
+        for c in catalog
+    }
+
+
+def passing_checks(member: Host) -> set[str]:
+    """The ids of the checks on this node that pass."""
+    return {check for check, (_, ok) in _checks(member).items() if ok}
 
 
 def still_failing(member: Host, passed: set[str]) -> str | None:
-    """Which of the checks that passed before a restart do not pass again."""
-    failing = [name for name, ok in passing_checks(member).items() if not ok and name in passed]
+    """The names of the checks that passed before a restart and do not pass again."""
+    failing = [name for check, (name, ok) in _checks(member).items() if not ok and check in passed]
     return f"checks not passing yet: {', '.join(failing)}" if failing else None
 
 
@@ -165,7 +173,7 @@ def _recovery(member: Host) -> Callable[[], str | None]:
     """The next host waits for its checks, too: a restarted agent brings them back as critical, and three
     quick restarts would empty HAProxy's backends."""
     caught_up = QUORUM.recovery(member)
-    passed = set() if QUORUM.sick(member) else {name for name, ok in passing_checks(member).items() if ok}
+    passed = set() if QUORUM.sick(member) else passing_checks(member)
     return lambda: caught_up() or still_failing(member, passed)
 
 

@@ -9,19 +9,19 @@ from __future__ import annotations
 import re
 import shlex
 import socket
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from io import BytesIO
 from pathlib import Path
 
 import requests
-from pyinfra import host, logger, state
-from pyinfra.api import FunctionCommand, operation
+from pyinfra import host, inventory, logger, state
+from pyinfra.api import FactBase, FunctionCommand, operation
 from pyinfra.api.host import Host
 from pyinfra.api.state import State
 from pyinfra.facts.docker import DockerImage
 from pyinfra.facts.server import Arch
 
-from tasks import artifact, cluster, held, image, rolling, serving, shell
+from tasks import artifact, cluster, held, image, registry, rolling, serving, shell
 
 _MANIFEST = "application/vnd.docker.distribution.manifest.v2+json, application/vnd.oci.image.manifest.v1+json"
 _LOST_S = 15
@@ -42,9 +42,10 @@ def notice_loss() -> None:
 # What the registries hold
 
 
-def _get(member: Host, path: str) -> requests.Response | None:
-    """What the registry on `member` has at /v2/<app>/<path>; None for nothing, else Unavailable."""
-    with cluster.forward(member, member.data.registry_port) as port, cluster.http_session() as http:
+def _get(member: Host, path: str, address: str = "127.0.0.1") -> requests.Response | None:
+    """What the registry at `address`, seen from `member`, has at /v2/<app>/<path>; None for nothing.
+    Else Unavailable."""
+    with cluster.forward(member, member.data.registry_port, address) as port, cluster.http_session() as http:
         url = f"http://127.0.0.1:{port}/v2/{member.data.app_name}/{path}"
         answer = http.get(url, headers={"Accept": _MANIFEST}, timeout=cluster.TIMEOUT_S)
     if answer.status_code == 404:
@@ -59,16 +60,20 @@ def digest(member: Host, version: str) -> str | None:
     return answer.headers["Docker-Content-Digest"] if answer else None
 
 
-def catalogue(member: Host, most: int = 20) -> dict[str, str]:
-    """Version -> digest of what the registry on `member` holds, the newest `most` of them by number."""
+def held_at(address: str, digest: str, member: Host) -> bool:
+    """Whether the registry of a worker outside this run has it; `member` is the one that asks."""
+    return _get(member, f"manifests/{digest}", address) is not None
+
+
+def catalogue(member: Host) -> dict[str, str]:
+    """Version -> digest of what the registry on `member` holds, the highest number first."""
     tags = _get(member, "tags/list")
-    versions = (tags.json()["tags"] or []) if tags else []
-    newest = sorted(versions, key=artifact.order, reverse=True)[:most]
+    versions = sorted((tags.json()["tags"] or []) if tags else [], key=artifact.order, reverse=True)
     with cluster.forward(member, member.data.registry_port) as port, cluster.http_session() as http:
         url = f"http://127.0.0.1:{port}/v2/{member.data.app_name}/manifests"
         answers = {
             version: http.head(f"{url}/{version}", headers={"Accept": _MANIFEST}, timeout=cluster.TIMEOUT_S)
-            for version in newest
+            for version in versions
         }
     return {v: a.headers["Docker-Content-Digest"] for v, a in answers.items() if a.ok}
 
@@ -79,11 +84,6 @@ def source(member: Host, version: str) -> str:
     config = manifest and _get(member, f"blobs/{manifest.json()['config']['digest']}")
     labels: dict[str, str] = config.json()["config"].get("Labels") or {} if config else {}
     return labels.get("hashistack.source", "")
-
-
-def was_released(version: str) -> bool:
-    """Some registry of this run holds it. One that does not answer may: that raises Unavailable."""
-    return any([digest(member, version) for member in rolling.members("workers")])
 
 
 def digests(version: str) -> dict[Host, str]:
@@ -136,35 +136,55 @@ def run(member: Host, command: str) -> str | None:
         return f"{member.name} does not answer ({said(error)})"
 
 
+def builder() -> Host:
+    """The worker that builds in this run: the builder, or the first of those that are there."""
+    return (rolling.members("builder") or rolling.members("workers"))[0]
+
+
 @operation()
 def build(version: str) -> Generator[FunctionCommand]:
-    """Build the image on this host and push it to its registry, unless `version` was released."""
-    if digest_of(version):
+    """Build the image and push it to the builder's registry, unless `version` was released.
+
+    Called on each worker; of a builder that is not in this run, or lost, another one takes the place.
+    """
+    if host.name != builder().name:
+        host.noop(f"{builder().name} builds")
+    elif digest_of(version):
         host.noop(f"{version} was released before: its image is used")
-        return
-    yield FunctionCommand(_build, (version,), {})
+    else:
+        yield FunctionCommand(_build, (version,), {})
 
 
 def _build(state: State, host: Host, version: str) -> bool:
-    folder = Path(host.data.app_folder)
-    tar = f"/var/tmp/{host.data.app_name}-{version}.tar"
-    tag = f"{held.repository(host.data)}:{version}"
-    try:
-        if was_released(version):
-            return True
-        context = image.build_context(folder, artifact.ARCHES[host.get_fact(Arch)])
-        logger.info(f"{host.print_prefix}building {tag}")
-        if host.put_file(BytesIO(context), tar, _sudo=True):
-            command = build_command(host.data.app_base_image, tag, version, image.source_hash(folder), tar)
-            fault = run(host, command) or run(host, f"docker push -q {tag}")
-        else:
-            run(host, f"rm -f {tar}")
-            fault = f"{tar} cannot be written, see above"
-    except (image.ImageError, *cluster.Unavailable) as error:
-        fault = said(error)
+    absent = [h.name for h in inventory.get_group("builder") if h not in rolling.members("builder")]
+    fault = f"{', '.join(absent)}, the builder, is not in this run" if absent else None
+    for member in dict.fromkeys([builder(), *rolling.members("workers")]):
+        if fault:
+            logger.warning(f"{fault}: {member.name} builds {version}")
+        fault = _build_on(member, version)
+        if not fault or run(member, "true") is None:
+            break
+        fault = f"{member.name} is lost"
     if fault:
         logger.error(f"{host.print_prefix}{version} is not built: {fault}. Nothing was released.")
     return not fault
+
+
+def _build_on(member: Host, version: str) -> str | None:
+    """Why it is not built and in that worker's registry, or None."""
+    folder = Path(member.data.app_folder)
+    tar = f"/var/tmp/{member.data.app_name}-{version}.tar"
+    tag = f"{held.repository(member.data)}:{version}"
+    try:
+        context = image.build_context(folder, artifact.ARCHES[member.get_fact(Arch)])
+        logger.info(f"{member.print_prefix}building {tag}")
+        if not member.put_file(BytesIO(context), tar, _sudo=True):
+            run(member, f"rm -f {tar}")
+            return f"{tar} cannot be written, see above"
+    except (image.ImageError, EOFError, *cluster.Unavailable) as error:
+        return said(error)
+    command = build_command(member.data.app_base_image, tag, version, image.source_hash(folder), tar)
+    return run(member, command) or run(member, f"docker push -q {tag}")
 
 
 def build_command(base: str, tag: str, version: str, source: str, tar: str) -> str:
@@ -215,21 +235,10 @@ def _silent(member: Host, version: str) -> bool:
 
 
 def _copy(state: State, host: Host, version: str) -> bool:
-    holders = digests(version)
-    if host in holders:
+    if host in digests(version):
         return True  # a silent registry looked empty
-    fault = run(next(iter(holders)), copy_command(host, version)) if holders else "no registry holds it"
+    fault = run(host, f"{registry.SYNC} fetch {version}")
     return not fault or _left_behind(state, host, f"{version} is not in its registry: {fault}")
-
-
-def copy_command(member: Host, version: str) -> str:
-    """Run where the image is: from the local registry to the one on `member`."""
-    name = f"{member.data.app_name}:{version}"
-    port = member.data.registry_port
-    return (
-        "skopeo copy --quiet --preserve-digests --src-tls-verify=false --dest-tls-verify=false"
-        f" docker://127.0.0.1:{port}/{name} docker://{member.data.address}:{port}/{name}"
-    )
 
 
 @operation()
@@ -253,33 +262,30 @@ def _pull(state: State, host: Host, version: str) -> bool:
 # A worker that is new or was away
 
 
+class Missing(FactBase[list[str]]):
+    """The versions that other registries hold and this worker's does not."""
+
+    default = list
+
+    def command(self) -> str:
+        return f"test ! -x {registry.SYNC} || {registry.SYNC} missing"
+
+    def process(self, output: Iterable[str]) -> list[str]:
+        return [line.split()[0] for line in output]
+
+
 @operation()
-def resync() -> Generator[FunctionCommand]:
-    """Bring what the other registries hold to this worker's own, and what runs to its Docker.
+def resync() -> Generator[str | FunctionCommand]:
+    """Do now what the worker's timer would do within minutes, and bring what runs to its Docker.
 
     A worker that joins or was away would otherwise be sent instances whose image it cannot get.
     """
-    versions = _lacking()
-    if not versions:
+    if host.get_fact(Missing):
+        yield f"{registry.SYNC} fetch"
+    else:
         host.noop("it holds what the others hold")
-    for version in versions:
-        yield FunctionCommand(_copy, (version,), {})
     for version in _running():
         yield from pull._inner(version=version)
-
-
-def _lacking() -> list[str]:
-    """Versions that only other registries hold; those that do not answer are left out."""
-    others = {version for member in rolling.members("workers") for version in _versions(member)}
-    return sorted(others - _versions(host))
-
-
-def _versions(member: Host) -> set[str]:
-    try:
-        answer = _get(member, "tags/list")
-    except cluster.Unavailable:
-        return set()
-    return set(answer.json()["tags"] or []) if answer else set()
 
 
 def _running() -> set[str]:

@@ -252,7 +252,7 @@ def node(member: Host) -> dict[str, Any]:
 def _recovery(member: Host) -> Callable[[], str | None]:
     """The client on this host is ready again, too, and so are the checks that Nomad has in Consul."""
     caught_up = QUORUM.recovery(member)
-    passed = {name for name, ok in passing_checks(member).items() if ok}
+    passed = passing_checks(member)
 
     def check() -> str | None:
         unready = None if node(member).get("Status") == "ready" else "its client is not ready yet"

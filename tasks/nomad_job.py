@@ -26,8 +26,8 @@ NO_DIGEST = "sha256:" + 64 * "0"
 _REPLACED = "another release took its place"
 # A lost server makes the others elect a leader; longer silence is an outage.
 _SILENCE_S = 60
-# Nomad counts a silent client as ready for 10-20 s.
-_LOST_S = 30
+# A worker outside the run fetches the image by itself: registry_sync_interval, and the time to copy it.
+_FETCHED_S = 150
 
 _templates = Environment(
     loader=FileSystemLoader("templates"),
@@ -319,9 +319,11 @@ def release(version: str, say: Callable[[str], Any]) -> str | None:
     if not digest:
         return "neither a registry nor every worker's Docker holds it"
     differ = distribute.disagreement(distribute.digests(version))
-    fault = differ or wait_until("Nomad", _strangers, _LOST_S, say)
-    if fault:
-        return fault
+    if differ:
+        return differ
+    lacking = wait_until("the others", lambda: _strangers(digest), _FETCHED_S, say)
+    if lacking:
+        return f"{lacking}; take it in, or make it ineligible (nomad node eligibility -disable)"
     with nomad_api(_agent(), "release") as api:
         job, planned = plan(api, render(host.data, version, digest))
         fault = unplaceable(planned["FailedTGAllocs"])
@@ -340,23 +342,25 @@ def _number(api: Nomad, job_id: str) -> int:
     return int(api.job.get_job(job_id)["Version"])
 
 
-def _strangers() -> str | None:
-    """Nodes that Nomad would use although they are not in this run and so do not have the image."""
+def _strangers(digest: str) -> str | None:
+    """Nodes that Nomad would use although they are not in this run and do not have the image yet."""
     taking_part = {member.name for member in rolling.members("workers")}
-    with nomad_api(_agent(), "release") as api:
+    agent = _agent()
+    with nomad_api(agent, "release") as api:
         nodes = api.nodes.get_nodes()
     ready = {
-        node["Name"]
+        node["Name"]: node["Address"]
         for node in nodes
         if node["Status"] == "ready" and node["SchedulingEligibility"] == "eligible"
     }
-    names = ", ".join(sorted(ready - taking_part))
-    if not names:
+    lacking = [
+        name
+        for name in sorted(ready.keys() - taking_part)
+        if not distribute.held_at(ready[name], digest, agent)
+    ]
+    if not lacking:
         return None
-    return (
-        f"{names}: Nomad would use it, but it is not in this run and lacks the image; take it in, or"
-        " make it ineligible (nomad node eligibility -disable)"
-    )
+    return f"{', '.join(lacking)}, not in this run, but used by Nomad, has not fetched the image yet"
 
 
 def stable_versions(member: Host | None = None) -> list[str]:

@@ -20,6 +20,12 @@ def check_hosts() -> None:
         raise DeployError(f"{names}: not reached over SSH; repair it, or go on without: {flags}")
 
 
+def check_workers() -> None:
+    """Releases, rollbacks and questions about them are for workers."""
+    if not rolling.members("workers"):
+        raise DeployError("no worker takes part in this run: correct --limit or --exclude")
+
+
 def wanted(roles: list[str]) -> set[str]:
     """The roles of `--data only=haproxy,dns`; all of them by default."""
     only = [role for role in str(host.data.only).split(",") if role]

@@ -57,8 +57,11 @@ class Quorum:
             return None if never_led else "no leader that knows the servers yet"
         if self.sick(member):
             return None
+        servers = inventory.get_group("servers")
+        if len(servers) < 3:
+            raise rolling.NeverOpens("with fewer than 3 servers none can be spared")
         # Those outside this run are asked as well, over a connection of their own.
-        behind = [other.name for other in inventory.get_group("servers") if not self._follows(other)]
+        behind = [other.name for other in servers if not self._follows(other)]
         return f"not caught up: {', '.join(behind)}" if behind else autopilot_fault(health, need_spare=True)
 
     def _follows(self, member: Host) -> bool:

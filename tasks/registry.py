@@ -19,9 +19,28 @@ from tasks import artifact, config, containers, nomad_acl, rolling
 from tasks.cluster import consul_api, nomad_api
 from tasks.mirror import cache_dir
 
+SYNC = "/usr/local/sbin/registry-sync"
+SYSTEMD = "/etc/systemd/system"
+TIMER_UNITS = [f"{SYSTEMD}/registry-sync.service", f"{SYSTEMD}/registry-sync.timer"]
+
 
 @deploy("Registry")
 def install() -> None:
+    config.write(
+        name="Configure the registry's synchronisation",
+        files=[
+            config.File("/etc/registry-sync.conf", config.render("registry/registry-sync.conf.j2")),
+            config.File(SYNC, config.render("registry/registry-sync"), mode="755"),
+            config.File(TIMER_UNITS[0], config.render("registry/registry-sync.service")),
+            config.File(TIMER_UNITS[1], config.render("registry/registry-sync.timer.j2")),
+        ],
+    )
+    rolling.restart_if_stale(
+        name="Start the timer that synchronises the registry",
+        unit="registry-sync.timer",
+        files=TIMER_UNITS,
+        since="ActiveEnterTimestamp",  # a timer has no process
+    )
     for image, tar in host.loop(list(images().items())):
         load_image(name=f"Load the image {image}", image=image, tar=tar)
 

@@ -60,15 +60,19 @@ def reload_command(unit: str) -> str:
     return f"touch {done}.new && systemctl reload {unit} && mv {done}.new {done}"
 
 
+class NeverOpens(Exception):
+    """A gate for which waiting is of no use: why, in a few words."""
+
+
 def restart_command(unit: str) -> str:
     """The reload comes first: the unit's own file may be among what changed."""
     return f"systemctl daemon-reload && systemctl enable -q {unit} && systemctl restart {unit}"
 
 
 @operation()
-def restart_if_stale(unit: str, files: list[str]) -> Generator[str]:
-    """Start and enable `unit`, or restart it when one of `files` is newer than its main process."""
-    if host.get_fact(UnitState, unit=unit, files=files) == "fresh":
+def restart_if_stale(unit: str, files: list[str], since: str = PROCESS_START) -> Generator[str]:
+    """Start and enable `unit`, or restart it when one of `files` is newer than its start (see UnitState)."""
+    if host.get_fact(UnitState, unit=unit, files=files, since=since) == "fresh":
         host.noop(f"{unit} runs with its current files")
         return
     yield restart_command(unit)
@@ -99,7 +103,7 @@ class Service:
     unit: str
     files: list[str]
     rank: Callable[[Host], int]  # lowest first: the sick (0), then the healthy (1), then the leader
-    gate: Callable[[Host], str | None]  # asked before a healthy one is stopped
+    gate: Callable[[Host], str | None]  # asked before a healthy one is stopped; may raise NeverOpens
     recovery: Callable[[Host], Callable[[], str | None]]  # called before the stop, asked after it
     group: str = ""  # "" = every host
     since: str = PROCESS_START  # see UnitState
@@ -172,7 +176,10 @@ def _restart(service: Service, member: Host) -> str | None:
 
     deadline_s = float(member.data.roll_deadline_s)
     unit = service.unit
-    closed = cluster.wait_until("a safe moment", lambda: service.gate(member), deadline_s, say)
+    try:
+        closed = cluster.wait_until("a safe moment", lambda: service.gate(member), deadline_s, say)
+    except NeverOpens as why:
+        closed = str(why)
     if closed:
         return f"not restarted, {closed}; repair that first or add --data accept_outage=true"
     recovered = service.recovery(member)

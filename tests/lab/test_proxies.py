@@ -30,8 +30,6 @@ pytestmark = [
     pytest.mark.usefixtures("as_found"),
 ]
 MOST_S = 3.0  # without an answer, while the address moves
-# Nothing is refused then, but each of the two checks waits for a second.
-MOST_FROZEN_S = 5.0
 # A request that was on its way through the lost proxy, or a connection kept there, ends like this.
 CUT = {"connection refused", "closed without an answer", "timeout", "answer cut short", "OSError"}
 
@@ -113,14 +111,14 @@ def other_than(proxy: str) -> str:
 
 
 @contextmanager
-def under_load(version: str, allowed: set[str], most_s: float = MOST_S) -> Iterator[Gap]:
+def under_load(version: str, allowed: set[str]) -> Iterator[Gap]:
     """Load on the address. Every answer is right; requests without one are of the `allowed` kinds."""
     with Gap() as gap, Load(f"http://{VIP}:{knobs.haproxy_http_port}", rate=80, versions=[version]) as load:
         yield gap
     print(f"longest without an answer: {gap.seconds:.2f} s\n{load.result}")
     assert load.result.ok
     assert set(load.result.kinds) <= allowed, load.result
-    assert gap.seconds <= most_s
+    assert gap.seconds <= MOST_S
 
 
 def moved_from(holder: str) -> bool:
@@ -141,7 +139,7 @@ FAULTS = {
 def test_the_address_moves_and_does_not_come_back(fault: str, as_found: str) -> None:
     begin, end = FAULTS[fault]
     holder = settled()
-    with under_load(as_found, CUT, MOST_FROZEN_S if fault == "HAProxy frozen" else MOST_S):
+    with under_load(as_found, CUT):
         try:
             do(holder, begin)
             hosts.wait_for("the address to move", lambda: other_than(holder) in holders(), 20)

@@ -68,6 +68,14 @@ def test_one_of_three_healthy_ones_may_be_stopped(cluster: Cluster) -> None:
     assert cluster.gate(1) is None
 
 
+def test_of_two_none_may_and_waiting_is_of_no_use(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quorum, "inventory", SimpleNamespace(get_group=lambda group: cluster.members[:2]))
+    with pytest.raises(rolling.NeverOpens):
+        cluster.gate(1)
+    cluster.members[0].data.accept_outage = True
+    assert cluster.gate(1) is None
+
+
 def test_beside_a_dead_one_no_healthy_one_may(cluster: Cluster) -> None:
     cluster.health = "one-dead"
     cluster.members.pop()  # not part of this run, and autopilot's word is enough

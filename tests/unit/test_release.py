@@ -24,7 +24,7 @@ def steps(run: Run) -> list[str]:
     return [
         line.split()[0]
         for line in run.journal
-        if line.split()[0] in ("build", "push", "copy", "pull", "roll")
+        if line.split()[0] in ("build", "push", "fetch", "pull", "roll", "prune")
     ]
 
 
@@ -42,9 +42,9 @@ def assert_refused(run: Run, pattern: str) -> None:
 def test_a_new_version_is_built_once_copied_pulled_rolled_and_verified(pyinfra: Pyinfra) -> None:
     run = release(pyinfra, "0.0.3", **{**WORLD, "pulled": []})
     assert run.code == 0, run.stderr
-    assert steps(run) == ["build", "push", "copy", "copy", "pull", "pull", "pull", "roll"]
+    assert steps(run) == ["build", "push", "fetch", "fetch", "pull", "pull", "pull", "roll"]
     assert run.done("build") == run.done("push") == ["worker-03"]
-    assert run.done("copy")[0] == "worker-03"  # it has the image and sends it
+    assert sorted(run.done("fetch")) == ["worker-01", "worker-02"]
     assert sorted(run.done("pull")) == WORKERS
     assert run.done("roll") == ["worker-01"]
     assert run.journal[-1] == "verify proxy-01 0.0.3"
@@ -66,7 +66,7 @@ def test_an_interrupted_release_is_finished(pyinfra: Pyinfra) -> None:
     registries = {**EVERYWHERE, "worker-03": {"0.0.3": DIGEST}, "worker-01": {"0.0.3": DIGEST}}
     world = {**WORLD, "registries": registries, "pulled": ["worker-03"]}
     run = release(pyinfra, "0.0.3", **world)
-    assert (run.code, steps(run)) == (0, ["copy", "pull", "pull", "roll"]), run.stderr
+    assert (run.code, steps(run)) == (0, ["fetch", "pull", "pull", "roll"]), run.stderr
     again = release(pyinfra, "0.0.3")
     assert (again.code, again.changed()) == (0, {})
 
@@ -107,11 +107,26 @@ def test_different_images_of_one_version_are_refused(pyinfra: Pyinfra) -> None:
     assert_refused(release(pyinfra, "0.0.2", **{**WORLD, "registries": registries}), "hold different images")
 
 
-def test_without_its_builder_only_released_versions_go(pyinfra: Pyinfra) -> None:
-    exclude = ["--exclude", "@fake/worker-03"]
-    assert_refused(release(pyinfra, "0.0.3", *exclude, **WORLD), "never released, and no builder")
-    run = release(pyinfra, "0.0.2", *exclude, **{**WORLD, "running": ["0.0.1"]})
+def test_another_worker_builds_where_the_builder_takes_no_part(pyinfra: Pyinfra) -> None:
+    run = release(pyinfra, "0.0.3", "--exclude", "@fake/worker-03", **WORLD)
+    assert (run.code, run.done("build"), run.done("push")) == (0, ["worker-01"], ["worker-01"]), run.stderr
+    assert lines(run, "worker-03, the builder, is not in this run: .*worker-01 builds 0.0.3")
+
+
+def test_another_worker_builds_when_the_builder_is_lost_at_it(pyinfra: Pyinfra) -> None:
+    run = release(pyinfra, "0.0.3", **WORLD, **{"lost at build": ["worker-03"]})
+    assert (run.code, run.done("push"), run.done("verify")) == (1, ["worker-01"], ["proxy-01"]), run.stderr
+    assert lines(run, "worker-03 is lost: .*worker-01 builds 0.0.3")
+
+
+def test_a_released_version_needs_no_builder(pyinfra: Pyinfra) -> None:
+    run = release(pyinfra, "0.0.2", "--exclude", "@fake/worker-03", **{**WORLD, "running": ["0.0.1"]})
     assert (run.code, steps(run)) == (0, ["roll"]), run.stderr
+
+
+def test_a_run_without_workers_is_refused(pyinfra: Pyinfra) -> None:
+    run = release(pyinfra, "0.0.3", "--limit", "@fake/proxy-01", **WORLD)
+    assert_refused(run, "no worker takes part in this run: correct --limit or --exclude")
 
 
 def test_a_build_that_fails_releases_nothing(pyinfra: Pyinfra) -> None:
@@ -159,6 +174,31 @@ def test_the_audit_trail_tells_how_each_release_ended(pyinfra: Pyinfra) -> None:
     world.save({**world.load(), "roll fails": "unhealthy on worker-02"})
     assert release(pyinfra, "0.0.4").code == 1
     assert trail() == [("0.0.3", "in service"), ("0.0.4", "failed: unhealthy on worker-02")]
+
+
+@pytest.mark.usefixtures("world_here")
+def test_what_was_in_service_and_is_gone_is_not_built_again(pyinfra: Pyinfra) -> None:
+    assert release(pyinfra, "0.0.3", **WORLD).code == 0
+    world.save({**world.load(), "registries": {}})
+    assert_refused(release(pyinfra, "0.0.3"), "0.0.3: was in service before, and no registry .* choose a new")
+
+
+@pytest.mark.usefixtures("world_here")
+def test_old_versions_go_after_a_release(pyinfra: Pyinfra) -> None:
+    """0.0.1 is what Nomad remembers as the version before, 0.0.0 older, and 0.0.2 was never healthy."""
+    old = {f"0.0.{n}": f"sha256:{n}" for n in (0, 1, 2)}
+    registries = {name: old | {"0.0.3": DIGEST} for name in WORKERS}
+    now = {**WORLD, "registries": registries, "running": ["0.0.1"], "stable": ["0.0.1", "0.0.0"]}
+    run = release(pyinfra, "0.0.3", "--data", "registry_keep_versions=2", **now)
+    assert (run.code, run.done("prune")) == (0, WORKERS), run.stderr
+    assert set(world.load()["registries"]["worker-01"]) == {"0.0.1", "0.0.3"}
+    again = release(pyinfra, "0.0.3", "--data", "registry_keep_versions=2")
+    assert (again.code, again.changed()) == (0, {}), again.stderr
+
+
+def test_to_keep_less_than_the_version_before_is_refused(pyinfra: Pyinfra) -> None:
+    run = release(pyinfra, "0.0.3", "--data", "registry_keep_versions=1", **WORLD)
+    assert_refused(run, "registry_keep_versions=1: choose a number from 2 on")
 
 
 @pytest.mark.usefixtures("world_here")

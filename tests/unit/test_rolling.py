@@ -59,6 +59,12 @@ def test_nothing_is_restarted_behind_a_closed_gate(pyinfra: Pyinfra) -> None:
     ]
 
 
+def test_a_gate_that_never_opens_is_not_waited_for(pyinfra: Pyinfra) -> None:
+    run = pyinfra("roll.py", state=STALE, hopeless="with fewer than 3 servers none can be spared")
+    assert (run.code, run.done("gate"), run.done("restart")) == (1, ["worker-01"], [])
+    assert "not restarted, with fewer than 3 servers none can be spared; repair that first" in run.errors()[0]
+
+
 def test_an_api_that_is_silent_is_one_line_and_no_traceback(pyinfra: Pyinfra) -> None:
     run = pyinfra("roll.py", state=STALE, silent=["worker-01"])
     assert (run.code, run.done("restart"), "Traceback" in run.stderr) == (1, [], False)

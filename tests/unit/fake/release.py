@@ -1,7 +1,8 @@
 """The real release.py on hosts whose registries and commands are world.json's (see world.py).
 
 world: registries {host: {version: digest}}, source (of what is released), running (versions), full
-(registries that take nothing), lost and silent (hosts), roll fails (why), build fails, no room.
+(registries that take nothing), lost and silent (hosts), lost at build (hosts),
+roll fails (why), build fails, no room.
 """
 
 from __future__ import annotations
@@ -53,14 +54,20 @@ def _act(member: Host, name: str, line: str) -> str | None:
         return None
     world.note(_what(line), member, line)
     if "docker build" in line:
+        if name in now.get("lost at build", []):
+            world.save({**now, "lost": [name]})
+            raise EOFError
         fault: str | None = now.get("build fails")
         return fault
     if "docker push" in line:
         now["registries"].setdefault(name, {})[line.rsplit(":", 1)[1]] = DIGEST
-    if match := re.search(r"skopeo .* docker://([\w-]+):5000/app:(\S+)$", line):
-        if match[1] in now.get("full", []) + now.get("lost", []):
-            return f"writing blob: {match[1]}: no space left on device"
-        now["registries"].setdefault(match[1], {})[match[2]] = DIGEST
+    if match := re.search(r"registry-sync fetch (\S+)$", line):
+        if name in now.get("full", []):
+            return "writing blob: no space left on device"
+        now["registries"].setdefault(name, {})[match[1]] = DIGEST
+    if match := re.search(r"registry-sync prune (.+)$", line):
+        kept = now["registries"].get(name, {})
+        now["registries"][name] = {v: d for v, d in kept.items() if d not in match[1].split()}
     if "docker pull" in line:
         now.setdefault("pulled", []).append(name)
     world.save(now)
@@ -68,7 +75,7 @@ def _act(member: Host, name: str, line: str) -> str | None:
 
 
 def _what(line: str) -> str:
-    for word in ("build", "push", "copy", "pull"):
+    for word in ("build", "push", "fetch", "pull", "prune"):
         if f" {word} " in line:
             return word
     return "shell"
@@ -138,6 +145,8 @@ host.data.address = world.short(host)
 FakeConnector.run_shell_command = run_shell_command  # type: ignore[method-assign,assignment]
 FakeConnector.put_file = lambda *_, **__: True  # type: ignore[method-assign,assignment]
 distribute.digest = digest
+distribute.catalogue = lambda member: world.load()["registries"].get(world.short(member), {})
+nomad_job.stable_versions = lambda member=None: world.load().get("stable", [])
 distribute.source = lambda member, version: world.load().get("source", "here")
 image.source_hash = lambda folder: "here"
 image.build_context = lambda folder, arch: b""

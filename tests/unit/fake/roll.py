@@ -22,6 +22,8 @@ def rank(member: Host) -> int:
 
 def gate(member: Host) -> str | None:
     world.note("gate", member)
+    if hopeless := world.load().get("hopeless"):
+        raise rolling.NeverOpens(hopeless)
     answer: str | None = world.load().get("gate", {}).get(world.short(member))
     return answer
 
