@@ -194,3 +194,10 @@ def test_a_new_leader_that_knows_nobody_yet_is_a_fault() -> None:
     assert quorum.autopilot_fault(health) == "unhealthy servers: no leader"
     assert quorum.autopilot_fault(health, "127.0.1.11") == "this server is not yet a healthy voter"
     assert quorum.leader_index({"Servers": []}) == 1
+
+
+def test_a_client_is_never_a_sick_server(cluster: Cluster) -> None:
+    client = member(9, "127.0.9.")
+    client.groups.remove("servers")
+    cluster.raft[client.name] = KeyError("raft")  # a client has no log to tell of
+    assert not cluster.quorum.sick(client)
