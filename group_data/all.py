@@ -80,6 +80,11 @@ registry_keep_versions = 10  # of the app, those last in service: older ones are
 haproxy_packages = ["haproxy", "socat"]
 haproxy_bind = "*"
 haproxy_http_port = 8080
+haproxy_https_port = 8443  # where `secure`, or with a certificate of your own
+haproxy_certificate = ""  # a file on the controller: certificate, chain and key. "" = one from our CA
+haproxy_redirect_https = False  # from http to https, and tell browsers to stay there
+haproxy_rate_limit = 0  # requests per second of one address. 0 = none: behind a NAT or a CDN many share one
+haproxy_request_timeout = "10s"  # for all of a request, or its first 16 kB
 haproxy_stats_port = 8404
 haproxy_maxconn = 2000
 haproxy_timeout = "60s"  # the longest silence of a client or of an instance

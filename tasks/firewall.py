@@ -62,6 +62,7 @@ def openings(data: HostData) -> list[Opening]:
         Opening("servers", "tcp", "4648", ("servers",), "Nomad: gossip of the servers"),
         Opening("servers", "udp", "4648", ("servers",), "Nomad: gossip of the servers"),
     ]
+    https = [Opening("proxies", "tcp", str(data.haproxy_https_port), (), "HAProxy, TLS")]
     return [
         Opening("hosts", "tcp", "8301", ("hosts",), "Consul: gossip"),
         Opening("hosts", "udp", "8301", ("hosts",), "Consul: gossip"),
@@ -72,6 +73,7 @@ def openings(data: HostData) -> list[Opening]:
         Opening("workers", "tcp", str(data.registry_port), ("workers",), "registry: copies of images"),
         Opening("workers", "tcp", app_ports(data), ("workers", "proxies"), "the app's instances"),
         Opening("proxies", "tcp", str(data.haproxy_http_port), (), "HAProxy"),
+        *(https if haproxy.encrypts(data) else []),
         Opening("proxies", "vrrp", "", ("proxies",), "keepalived: who holds the shared address"),
         *(
             Opening(

@@ -12,14 +12,17 @@ the service's `version` metadata in Consul, "unknown" without.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Generator, Iterable
+from pathlib import Path
 
 from pyinfra import host
-from pyinfra.api import FactBase, deploy, operation
-from pyinfra.api.host import Host
+from pyinfra.api import DeployError, FactBase, deploy, operation
+from pyinfra.api.host import Host, HostData
 
-from tasks import artifact, config, rolling, secrets, shell
+from tasks import artifact, certificates, config, rolling, secrets, shell
 
+CERTIFICATE = "/etc/haproxy/tls/site.pem"  # with its chain and its key
 LIVE = "/etc/haproxy/haproxy.cfg"
 WITHOUT_SERVERS = "/etc/haproxy/without-servers.cfg"  # what LIVE is but for its server lines
 SPOOL = "/var/lib/consul-template/haproxy.cfg"
@@ -74,6 +77,7 @@ def roll() -> None:
 
 
 def _configure() -> None:
+    pem = _certificate()
     units = ("consul-template.service", "haproxy-apply.service", "haproxy-apply.path")
     config.write(
         name="Configure consul-template and haproxy-apply",
@@ -84,13 +88,37 @@ def _configure() -> None:
                 mode="600",
                 owner="consul-template:consul-template",
             ),
-            config.File(TEMPLATE, config.render("haproxy/haproxy.cfg.j2", discover=True)),
-            config.File(WITHOUT_SERVERS, config.render("haproxy/haproxy.cfg.j2", discover=False)),
+            *([config.File(CERTIFICATE, pem, mode="600")] if pem else []),
+            config.File(TEMPLATE, _configuration(pem, discover=True)),
+            config.File(WITHOUT_SERVERS, _configuration(pem, discover=False)),
             config.File(APPLY, config.render("haproxy/haproxy-apply"), mode="755"),
             *before_package(),
             *(config.File(f"{SYSTEMD}/{unit}", config.render(f"haproxy/{unit}")) for unit in units),
         ],
     )
+
+
+def _configuration(pem: str, discover: bool) -> str:
+    mark = hashlib.sha256(pem.encode()).hexdigest()[:16] if pem else ""
+    return config.render(
+        "haproxy/haproxy.cfg.j2", discover=discover, certificate=mark, certificate_file=CERTIFICATE
+    )
+
+
+def encrypts(data: HostData) -> bool:
+    """Whether HAProxy has a door with TLS."""
+    return bool(data.secure or data.haproxy_certificate)
+
+
+def _certificate() -> str:
+    """The user's own, or one from our CA, as PEM with chain and key; "" without TLS."""
+    own = host.data.haproxy_certificate
+    if own and not Path(own).is_file():
+        raise DeployError(f"haproxy_certificate={own}: no such file; it holds certificate, chain and key")
+    if own:
+        return Path(own).read_text()
+    pair = certificates.certificate(host, "haproxy") if encrypts(host.data) else None
+    return pair.pem + pair.key if pair else ""
 
 
 def _token() -> str:

@@ -47,6 +47,7 @@ BY_GROUP = {
     "proxies": [
         f"haproxy 127.0.0.1:{knobs.haproxy_stats_port}",
         f"haproxy {knobs.haproxy_bind}:{knobs.haproxy_http_port}",
+        f"haproxy {knobs.haproxy_bind}:{knobs.haproxy_https_port}",
     ],
 }
 

@@ -31,7 +31,7 @@ def test_an_outsider_finds_ssh_alone_on_a_worker(found: dict[str, set[int]], nam
 
 @pytest.mark.parametrize("name", hosts.names("proxies"))
 def test_an_outsider_finds_ssh_and_haproxy_on_a_proxy(found: dict[str, set[int]], name: str) -> None:
-    assert found[name] == {22, knobs.haproxy_http_port}
+    assert found[name] == {22, knobs.haproxy_http_port, knobs.haproxy_https_port}
 
 
 @pytest.mark.parametrize("name", ADDRESSES)

@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import socketserver
+import ssl
 import subprocess
 import threading
 import time
@@ -20,9 +21,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from cryptography import x509
 from pyinfra.api.util import get_template
 
 import group_data.all
+from tasks import certificates
 from tasks.mirror import cache_dir
 
 DEADLINE_S = 20
@@ -31,10 +34,11 @@ needs_haproxy = pytest.mark.skipif(not shutil.which("haproxy"), reason="haproxy 
 
 def render(name: str, **values: object) -> str:
     """A template of templates/haproxy as pyinfra renders it; `values` override group_data/all.py."""
-    discover = values.pop("discover", False)
+    discover, certificate = values.pop("discover", False), values.pop("certificate", "")
     data = SimpleNamespace(**{**vars(group_data.all), **values})
     template = get_template(f"templates/haproxy/{name}", {"trim_blocks": True})
-    return template.render(host=SimpleNamespace(data=data), discover=discover, token="")
+    names = {"certificate": "a mark" if certificate else "", "certificate_file": certificate}
+    return template.render(host=SimpleNamespace(data=data), discover=discover, token="", **names)
 
 
 def check(config: Path) -> subprocess.CompletedProcess[str]:
@@ -210,12 +214,11 @@ class Swallow(Echo):
 
 
 @contextmanager
-def haproxy(folder: Path, ports: list[int]) -> Iterator[int]:
+def haproxy(folder: Path, ports: list[int], **values: object) -> Iterator[int]:
     """HAProxy with our configuration in front of `ports`; yields its port once it listens."""
     front = free_port()
-    config = render(
-        "haproxy.cfg.j2", haproxy_bind="127.0.0.1", haproxy_http_port=front, haproxy_stats_port=free_port()
-    )
+    values |= {"haproxy_bind": "127.0.0.1", "haproxy_http_port": front, "haproxy_stats_port": free_port()}
+    config = render("haproxy.cfg.j2", **values)
     servers = "".join(f"\n    server app-{port} 127.0.0.1:{port}" for port in ports)
     config = re.sub(r"(default-server .*)", rf"\1{servers}", config)
     # What only root on a proxy has.
@@ -283,3 +286,88 @@ def test_a_swallowed_request_is_repeated_only_if_it_may_be(tmp_path: Path) -> No
     swallowed: list[str] = handler.swallowed  # type: ignore[attr-defined]
     assert gets == [200] * 10 and "GET" in swallowed
     assert posts.count(502) == swallowed.count("POST") > 0
+
+
+# -- who comes in, and how
+
+
+@pytest.fixture
+def pem(tmp_path: Path) -> Path:
+    """A certificate for localhost with its key, in one file as HAProxy wants it; the CA is ca.pem."""
+    authority, key = certificates.new_key(), certificates.new_key()
+    ca = certificates.new_ca(authority)
+    (tmp_path / "ca.pem").write_text(ca)
+    signer, signing = x509.load_pem_x509_certificate(ca.encode()), certificates._load(authority)
+    profile = certificates.Profile(("localhost",))
+    (tmp_path / "site.pem").write_text(certificates.sign(key, profile, signer, signing) + key)
+    return tmp_path / "site.pem"
+
+
+def answer(port: int, path: str = "/", ca: Path | None = None, **headers: str) -> http.client.HTTPResponse:
+    """A GET of our own; with a CA, over TLS."""
+    if ca:
+        context = ssl.create_default_context(cafile=ca)
+        client: http.client.HTTPConnection = http.client.HTTPSConnection("localhost", port, context=context)
+    else:
+        client = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE_S)
+    client.request("GET", path, headers=headers)
+    return client.getresponse()
+
+
+@needs_haproxy
+def test_one_address_gets_so_many_answers_and_no_more(tmp_path: Path) -> None:
+    with haproxy(tmp_path, [], haproxy_rate_limit=2) as port:
+        statuses = [answer(port).status for _ in range(25)]
+    assert statuses == [503] * 20 + [429] * 5
+
+
+@needs_haproxy
+def test_by_default_nobody_is_limited(tmp_path: Path) -> None:
+    with haproxy(tmp_path, []) as port:
+        assert {answer(port).status for _ in range(300)} == {503}
+
+
+@needs_haproxy
+@pytest.mark.parametrize(
+    "sent", ["GET / HTTP/1.1\r\nHost: a", "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nx"]
+)
+def test_a_request_that_comes_drop_by_drop_reaches_no_server(tmp_path: Path, sent: str) -> None:
+    with (
+        ThreadingHTTPServer(("127.0.0.1", 0), Echo) as echo,
+        serving(echo),
+        haproxy(tmp_path, [echo.server_address[1]], haproxy_request_timeout="200ms") as port,
+        socket.create_connection(("127.0.0.1", port), DEADLINE_S) as client,
+    ):
+        client.sendall(sent.encode())
+        assert client.recv(100).split()[1] == b"408"
+
+
+@needs_haproxy
+def test_http_is_sent_to_https_if_wanted_and_browsers_stay_there(tmp_path: Path, pem: Path) -> None:
+    secure = free_port()
+    knobs = {"certificate": str(pem), "haproxy_https_port": secure, "haproxy_redirect_https": True}
+    with (
+        ThreadingHTTPServer(("127.0.0.1", 0), Echo) as echo,
+        serving(echo),
+        haproxy(tmp_path, [echo.server_address[1]], **knobs) as port,
+    ):
+        plain = answer(port, "/a?b=c", Host="localhost:80")
+        safe = answer(secure, ca=tmp_path / "ca.pem")
+    assert (plain.status, plain.headers["Location"]) == (308, f"https://localhost:{secure}/a?b=c")
+    assert "Strict-Transport-Security" not in plain.headers
+    assert (safe.status, safe.headers["Strict-Transport-Security"]) == (200, "max-age=31536000")
+
+
+@needs_haproxy
+def test_without_the_redirect_both_doors_answer_and_bind_nobody(tmp_path: Path, pem: Path) -> None:
+    secure = free_port()
+    with (
+        ThreadingHTTPServer(("127.0.0.1", 0), Echo) as echo,
+        serving(echo),
+        haproxy(tmp_path, [echo.server_address[1]], certificate=str(pem), haproxy_https_port=secure) as port,
+    ):
+        answers = [answer(port), answer(secure, ca=tmp_path / "ca.pem")]
+    for one in answers:
+        assert one.status == 200
+        assert one.headers["X-Content-Type-Options"] == "nosniff"
+        assert not {"Server", "Strict-Transport-Security"} & set(one.headers)
