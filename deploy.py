@@ -6,6 +6,7 @@ Installs or converges the whole stack. A second run changes nothing.
 from pyinfra import host
 
 from tasks import (
+    acl,
     base,
     consul,
     distribute,
@@ -44,6 +45,9 @@ if "consul" in roles:
     consul.start()
 if "base" in roles:
     base.install()
+# By now Consul has its first leader; nobody else has come with a token yet.
+if "consul" in roles and host.data.secure:
+    acl.grant()
 if "docker" in roles and is_worker:
     docker.start()
 if "dns" in roles:

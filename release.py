@@ -6,10 +6,11 @@ see that exactly the new version serves. What fails leaves the old version servi
 
 from pyinfra import host
 
-from tasks import app, distribute, history, lock, preflight, rolling
+from tasks import app, cluster, distribute, history, lock, preflight, rolling
 
 version = app.wanted_version()
 preflight.check_hosts()
+cluster.act_as("release", host.data)
 distribute.notice_loss()
 if host.name == rolling.members("workers")[0].name:
     app.check(version)

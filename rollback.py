@@ -4,11 +4,12 @@ Nothing is built or copied: every worker still holds the image. The way back is 
 there: one instance after the other, health-gated; what serves now serves on if it fails.
 """
 
-from pyinfra import logger
+from pyinfra import host, logger
 
-from tasks import app, distribute, history, lock, preflight, rollback, rolling
+from tasks import app, cluster, distribute, history, lock, preflight, rollback, rolling
 
 preflight.check_hosts()
+cluster.act_as("release", host.data)
 distribute.notice_loss()
 version = rollback.wanted_version()
 if rolling.driver():

@@ -9,12 +9,13 @@ import sys
 from pyinfra import host
 from pyinfra.api import DeployError
 
-from tasks import report, rolling, survey
+from tasks import cluster, report, rolling, survey
 
 if host.data.get("format") not in (None, "table", "json"):
     raise DeployError(f"format={host.data.format}: choose table or json")
 
 if rolling.driver():
+    cluster.act_as("status", host.data)
     found = survey.survey()
     wrong = report.faults(found)
     if host.data.get("format") == "json":

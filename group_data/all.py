@@ -36,6 +36,7 @@ base_journal_max = "200M"
 consul_datacenter = "dc1"
 consul_http_address = "127.0.0.1"
 consul_http_port = 8500
+consul_https_port = 8501
 consul_dns_port = 8600
 consul_raft_multiplier = 1  # 1 = production timing, 5 = for slow machines
 

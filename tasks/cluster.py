@@ -1,7 +1,8 @@
 """The cluster's APIs from the controller: python-consul2 and python-nomad through pyinfra's own SSH.
 
 Nothing but SSH has to reach the hosts: the APIs listen on their loopback, and a forward goes through
-the connection that pyinfra has opened, so it obeys the same keys, jump hosts and known hosts.
+the connection that pyinfra has opened, so it obeys the same keys, jump hosts and known hosts. Inside of
+it both ends show a certificate of our CA, and every request carries the token of this run's role.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from paramiko import SSHException
 from paramiko.channel import Channel
 from paramiko.transport import Transport
 from pyinfra.api.exceptions import ConnectError
-from pyinfra.api.host import Host
+from pyinfra.api.host import Host, HostData
 
-from tasks import secrets
+from tasks import certificates, secrets
 
 # Both clients let these variables override their arguments: a stray one would address another cluster.
 for _name in [name for name in os.environ if name.startswith(("CONSUL_", "NOMAD_"))]:
@@ -114,43 +115,68 @@ def http_session() -> Iterator[requests.Session]:
         yield session
 
 
+# Whose tokens this run uses: deploy.py may do all; a script that needs less says so.
+_role = "operator"
+
+
+def act_as(role: str, data: HostData) -> None:
+    """Use the tokens of `role` (release or status) from here on. Raises secrets.Missing, in one line."""
+    global _role
+    _role = role
+    if data.secure:
+        where = secrets.folder(data)
+        certificates.operator(where)
+        secrets.token(where, consul_token())
+
+
+def consul_token() -> str:
+    """The name of this run's token in Consul, where the operator's is the bootstrap token."""
+    return "consul-bootstrap" if _role == "operator" else f"consul-{_role}"
+
+
+def _tls(data: HostData) -> dict[str, Any]:
+    """What both clients take: the CA that is trusted, and our certificate."""
+    if not data.secure:
+        return {"verify": True}
+    where = secrets.folder(data)
+    certificates.operator(where)  # renewed in time
+    pair = (str(where / "operator.pem"), str(where / "operator.key"))
+    return {"verify": str(where / "ca.pem"), "cert": pair}
+
+
 @contextmanager
 def consul_api(host: Host) -> Iterator[consul.Consul]:
     """python-consul2 against the agent on `host`."""
-    with (
-        forward(host, host.data.consul_http_port, host.data.consul_http_address) as port,
-        http_session() as web,
-    ):
+    data = host.data
+    port = data.consul_https_port if data.secure else data.consul_http_port
+    with forward(host, port, data.consul_http_address) as local, http_session() as web:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            client = consul.Consul(host="127.0.0.1", port=port, timeout=TIMEOUT_S)
+            scheme = "https" if data.secure else "http"
+            client = consul.Consul(
+                host="127.0.0.1", port=local, scheme=scheme, timeout=TIMEOUT_S, **_tls(data)
+            )
         client.http.session = web
+        if data.secure:
+            # Not the client's own `token`: calls through client.http would go without.
+            web.headers["X-Consul-Token"] = secrets.token(secrets.folder(data), consul_token())
         yield client
 
 
 @contextmanager
-def nomad_api(host: Host, token: str = "operator") -> Iterator[nomad.Nomad]:
-    """python-nomad against the agent on `host`. token: bootstrap, or one of tasks/nomad_acl.py."""
-    with (
-        forward(host, host.data.nomad_http_port, host.data.nomad_http_address) as port,
-        http_session() as web,
-    ):
-        access = _nomad_access(host, token, port)
-        yield nomad.Nomad(timeout=TIMEOUT_S, session=web, **access)
+def nomad_api(host: Host, token: str = "") -> Iterator[nomad.Nomad]:
+    """python-nomad against the agent on `host`. token: bootstrap; by default that of this run's role."""
+    data = host.data
+    with forward(host, data.nomad_http_port, data.nomad_http_address) as local, http_session() as web:
+        address = f"{'https' if data.secure else 'http'}://127.0.0.1:{local}"
+        secret = _nomad_token(data, token or _role) if data.secure else None
+        yield nomad.Nomad(address=address, timeout=TIMEOUT_S, session=web, token=secret, **_tls(data))
 
 
-def _nomad_access(host: Host, token: str, port: int) -> dict[str, Any]:
+def _nomad_token(data: HostData, name: str) -> str | None:
     """Where a token is not made yet, we come without one: Nomad's refusal is then an answer to wait on."""
-    if not host.data.secure:
-        return {"address": f"http://127.0.0.1:{port}", "verify": True}
-    where = secrets.folder(host.data)
-    secret = where / f"token-nomad-{token}"
-    return {
-        "address": f"https://127.0.0.1:{port}",
-        "verify": str(where / "ca.pem"),
-        "cert": (str(where / "operator.pem"), str(where / "operator.key")),
-        "token": secret.read_text().strip() if secret.exists() else None,
-    }
+    file = secrets.folder(data) / f"token-nomad-{name}"
+    return file.read_text().strip() if file.exists() else None
 
 
 def wait_until(

@@ -10,12 +10,16 @@ from pyinfra import host, inventory
 from pyinfra.api import deploy
 from pyinfra.api.host import Host
 
-from tasks import artifact, config, quorum, rolling
+from tasks import artifact, certificates, config, quorum, rolling, secrets
 from tasks.cluster import consul_api
 
 CONFIG = "/etc/consul.d/consul.hcl"
+SECRETS = "/etc/consul.d/secrets.hcl"
+CERTIFICATE, KEY = "/etc/consul.d/tls/consul.pem", "/etc/consul.d/tls/consul.key"
 UNIT = "/etc/systemd/system/consul.service"
 FILES = [CONFIG, UNIT, "/usr/local/bin/consul"]
+READ_ON_RELOAD = [SECRETS, CERTIFICATE, KEY, certificates.CA_FILE]
+OWNER = "consul:consul"
 
 
 @deploy("Consul")
@@ -26,20 +30,42 @@ def install() -> None:
         "consul/consul.hcl.j2",
         is_server="servers" in host.groups,
         servers=[member.data.address for member in inventory.get_group("servers")],
+        ca_file=certificates.CA_FILE,
+        cert_file=CERTIFICATE,
+        key_file=KEY,
     )
     config.write(
         name="Configure Consul",
         files=[
-            config.File(CONFIG, text, mode="640", owner="consul:consul"),
+            config.File(CONFIG, text, mode="640", owner=OWNER),
             config.File(UNIT, config.render("consul/consul.service")),
+            *(_secret_files() if host.data.secure else []),
         ],
     )
+
+
+def _secret_files() -> list[config.File]:
+    where, pair = secrets.folder(host.data), certificates.certificate(host, "consul")
+    text = config.render(
+        "consul/secrets.hcl.j2",
+        gossip_key=secrets.gossip_key(where, "consul"),
+        bootstrap_token=secrets.token(where, "consul-bootstrap") if "servers" in host.groups else "",
+        agent_token=secrets.agent_token(where, host.name),
+        default_token=secrets.token(where, "consul-dns"),
+    )
+    files = {SECRETS: text, CERTIFICATE: pair.pem, KEY: pair.key}
+    return [config.File(path, content, mode="600", owner=OWNER) for path, content in files.items()]
 
 
 @deploy("Consul")
 def start() -> None:
     """Start what is stopped on all hosts at once: a first start, or a repair. Needs no gate."""
-    rolling.start_if_stopped(name="Start Consul where it is stopped", unit="consul", files=FILES)
+    rolling.start_if_stopped(
+        name="Start Consul where it is stopped, show it new certificates and tokens",
+        unit="consul",
+        files=FILES,
+        reload=READ_ON_RELOAD if host.data.secure else [],
+    )
 
 
 @deploy("Consul")

@@ -25,7 +25,7 @@ from pyinfra.api.host import Host, HostData
 from pyinfra.api.state import State
 from pyinfra.operations import systemd
 
-from tasks import config, shell
+from tasks import config, secrets, shell
 from tasks.cluster import Unavailable, consul_api, wait_until
 
 COLOURS = ("blue", "green")
@@ -122,8 +122,16 @@ def _hash(shape: object) -> str:
 
 def service_file(data: HostData, instances: list[Instance]) -> str:
     """Consul's service file for these instances."""
-    services = [_service(data, i.colour, i.version) for i in sorted(instances, key=lambda i: i.colour)]
+    found = sorted(instances, key=lambda i: i.colour)
+    services = [_service(data, i.colour, i.version) | _token(data) for i in found]
     return json.dumps({"services": services}, indent=2) + "\n"
+
+
+def _token(data: HostData) -> dict[str, str]:
+    """With which the agent registers a service."""
+    if not data.secure:
+        return {}
+    return {"token": secrets.token(secrets.folder(data), "consul-registration")}
 
 
 def _service(data: HostData, colour: str, version: str) -> dict[str, Any]:
@@ -423,7 +431,7 @@ def _register(member: Host, services: list[Instance]) -> None:
     part = f"{SERVICE_FILE}.new"  # Consul reads *.json and *.hcl
     _run(
         member,
-        f"umask 027 && cat > {part} && chown consul:consul {part} && mv {part} {SERVICE_FILE}"
+        f"umask 077 && cat > {part} && chown consul:consul {part} && mv {part} {SERVICE_FILE}"
         " && systemctl reload consul",
         stdin=service_file(member.data, services),
     )
@@ -536,10 +544,10 @@ def configure() -> None:
 def run_registry() -> None:
     """On this worker; whether it answers is to be asked of Consul."""
     run_registry_container(name="Run a registry")
-    text = json.dumps({"service": registry_service(host.data)}, indent=2) + "\n"
+    text = json.dumps({"service": registry_service(host.data) | _token(host.data)}, indent=2) + "\n"
     config.write(
         name="Describe the registry to Consul",
-        files=[config.File(REGISTRY_FILE, text, mode="640", owner="consul:consul")],
+        files=[config.File(REGISTRY_FILE, text, mode="600", owner="consul:consul")],
     )
     reload_consul_if_unaware(name="Register the registry in Consul", service=registry_service(host.data))
 

@@ -18,7 +18,7 @@ from pyinfra import host
 from pyinfra.api import FactBase, deploy, operation
 from pyinfra.api.host import Host
 
-from tasks import artifact, config, rolling, shell
+from tasks import artifact, config, rolling, secrets, shell
 
 LIVE = "/etc/haproxy/haproxy.cfg"
 WITHOUT_SERVERS = "/etc/haproxy/without-servers.cfg"  # what LIVE is but for its server lines
@@ -75,9 +75,9 @@ def _configure() -> None:
         files=[
             config.File(
                 SETTINGS,
-                config.render("haproxy/consul-template.hcl.j2"),
-                mode="640",
-                owner="root:consul-template",
+                config.render("haproxy/consul-template.hcl.j2", token=_token()),
+                mode="600",
+                owner="consul-template:consul-template",
             ),
             config.File(TEMPLATE, config.render("haproxy/haproxy.cfg.j2", discover=True)),
             config.File(WITHOUT_SERVERS, config.render("haproxy/haproxy.cfg.j2", discover=False)),
@@ -86,6 +86,11 @@ def _configure() -> None:
             *(config.File(f"{SYSTEMD}/{unit}", config.render(f"haproxy/{unit}")) for unit in units),
         ],
     )
+
+
+def _token() -> str:
+    """consul-template's in Consul; "" without security."""
+    return secrets.token(secrets.folder(host.data), "consul-template") if host.data.secure else ""
 
 
 class Answer(FactBase[bool]):

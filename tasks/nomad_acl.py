@@ -1,6 +1,6 @@
-"""What each token may do in Nomad: one that deploy.py and status.py use, and one for releases.
+"""What each token may do in Nomad: one for deploy.py, for releases, and for status.py.
 
-The bootstrap token is ours, made before Nomad knows it. The other two are made by Nomad, since it takes
+The bootstrap token is ours, made before Nomad knows it. The others are made by Nomad, since it takes
 no others from outside; they are kept beside ours, and asked for again by their names if lost.
 """
 
@@ -44,6 +44,12 @@ def policies(data: HostData) -> dict[str, str]:
             [
                 _namespace("default", _JOBS, variable=f"nomad/jobs/{data.app_name}"),
                 'node { policy = "read" }',
+            ]
+        ),
+        "status": "\n".join(
+            [
+                _namespace("default", ["list-jobs", "read-job"]),
+                *(f'{what} {{ policy = "read" }}' for what in ("agent", "node", "operator")),
             ]
         ),
     }

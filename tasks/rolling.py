@@ -21,23 +21,43 @@ PROCESS_START = "ExecMainStartTimestamp"
 
 
 class UnitState(FactBase[str]):
-    """ "stopped", "stale" (a file is newer than the main process, or not enabled) or "fresh".
+    """ "stopped", "stale" (a file is newer than the main process, or not enabled), "unread" or "fresh".
 
-    since: systemd's name for the moment at which the unit has read its files.
+    since: systemd's name for the moment at which the unit has read its files. reload: files that it reads
+    again on a reload; "unread" if one is newer than the start and than our last reload.
     """
 
-    def command(self, unit: str, files: Iterable[str], since: str = PROCESS_START) -> str:
-        paths = " ".join(shlex.quote(path) for path in files)
+    def command(
+        self, unit: str, files: Iterable[str], since: str = PROCESS_START, reload: Iterable[str] = ()
+    ) -> str:
+        newer = f'-newermt "$start" {_newer_than(reloaded(unit))} -print -quit'
+        unread = f'[ -n "$(find {shlex.join(reload)} {newer})" ]' if reload else "false"
         return (
             f"if ! systemctl is-active -q {unit}; then echo stopped;"
             f" elif ! systemctl is-enabled -q {unit}; then echo stale; else"
             f" start=$(systemctl show -P {since} --timestamp=us+utc {unit});"
-            f' if [ -n "$(find {paths} -newermt "$start" -print -quit)" ];'
-            " then echo stale; else echo fresh; fi; fi"
+            f' if [ -n "$(find {shlex.join(files)} -newermt "$start" -print -quit)" ]; then echo stale;'
+            f" elif {unread}; then echo unread; else echo fresh; fi; fi"
         )
 
     def process(self, output: Iterable[str]) -> str:
         return "".join(output).strip() or "stopped"
+
+
+def _newer_than(file: str) -> str:
+    """A condition for find, if there is such a file to compare with."""
+    return f"$(test ! -e {file} || echo -newer {file})"
+
+
+def reloaded(unit: str) -> str:
+    """A file as old as our last reload of the unit; gone after a boot, which starts the unit anew."""
+    return f"/run/{unit}.reloaded"
+
+
+def reload_command(unit: str) -> str:
+    """The time is taken before: what is written meanwhile is read once more the next time."""
+    done = reloaded(unit)
+    return f"touch {done}.new && systemctl reload {unit} && mv {done}.new {done}"
 
 
 def restart_command(unit: str) -> str:
@@ -55,12 +75,18 @@ def restart_if_stale(unit: str, files: list[str]) -> Generator[str]:
 
 
 @operation()
-def start_if_stopped(unit: str, files: list[str]) -> Generator[str]:
-    """Start and enable `unit` if it does not run; never restart it."""
-    if host.get_fact(UnitState, unit=unit, files=files) != "stopped":
+def start_if_stopped(unit: str, files: list[str], reload: list[str] | None = None) -> Generator[str]:
+    """Start and enable `unit` if it does not run; never restart it.
+
+    Reload it for a newer one of the files `reload`, unless it is to be restarted anyway.
+    """
+    now = host.get_fact(UnitState, unit=unit, files=files, reload=reload or [])
+    if now == "stopped":
+        yield restart_command(unit)
+    elif now == "unread":
+        yield reload_command(unit)
+    else:
         host.noop(f"{unit} runs")
-        return
-    yield restart_command(unit)
 
 
 @dataclass(frozen=True)

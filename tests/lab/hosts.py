@@ -20,10 +20,10 @@ from testinfra.host import Host
 import inventory
 from group_data import all as knobs
 from lab import settings
+from tasks import secrets
 
 ROOT = settings.ROOT
 SETTINGS = settings.load()
-SECURE: bool = SETTINGS.data.get("secure", knobs.secure)
 SCHEDULER: str = SETTINGS.data.get("scheduler", "nomad")
 URL = f"http://127.0.0.1:{SETTINGS.http_port}"
 HOSTS: dict[str, dict[str, Any]] = dict(inventory.workers + inventory.proxies)
@@ -109,19 +109,21 @@ def on_all(members: list[str], command: str) -> dict[str, str]:
 
 def api(host: str, port: int, path: str) -> Any:  # noqa: ANN401
     """GET from an API on a host's loopback: its JSON, or its text. Bare hosts have no curl, but bash."""
-    if SECURE and port == knobs.nomad_http_port:
+    if port == knobs.nomad_http_port and knob("secure"):
         answer = nomad(host, "GET", path)
     else:
-        request = rf"GET {path} HTTP/1.0\r\n\r\n"
+        request = rf"GET {path} HTTP/1.0\r\n{_header(port)}\r\n"
         answer = on(host, f"exec 3<>/dev/tcp/127.0.0.1/{port}; printf '{request}' >&3; cat <&3")
     _, _, body = answer.partition("\n\n")
     # Consul calls the JSON of an unhealthy answer plain text.
     return json.loads(body) if body[:1] in ("{", "[", '"') else body
 
 
-def secret(name: str) -> str:
-    """A file of the secrets folder."""
-    return (settings.SECRETS / name).read_text().strip()
+def _header(port: int) -> str:
+    """Consul's token of status.py. The command goes by standard input: no process list shows it."""
+    if not knob("secure") or port != knobs.consul_http_port:
+        return ""
+    return rf"X-Consul-Token: {secrets.token(settings.SECRETS, 'consul-status')}\r\n"
 
 
 # One request, read from standard input; with the host's own certificate, as any client of Nomad's.
@@ -134,7 +136,7 @@ NOMAD_TLS = (
 def nomad(host: str, method: str, path: str, body: str = "", token: str = "operator") -> str:
     """The whole answer of Nomad's API on a worker, from its status line on. token: see tasks/nomad_acl.py."""
     request = (
-        f"{method} {path} HTTP/1.0\nX-Nomad-Token: {secret(f'token-nomad-{token}')}\n"
+        f"{method} {path} HTTP/1.0\nX-Nomad-Token: {secrets.token(settings.SECRETS, f'nomad-{token}')}\n"
         f"Content-Length: {len(body.encode())}\n\n{body}"
     )
     return on(host, f"{NOMAD_TLS} <<'EOF'\n{request}\nEOF")

@@ -20,6 +20,7 @@ EVERYWHERE = [
     "dhclient *:68",
     "consul {private}:8301",
     f"consul 127.0.0.1:{knobs.consul_http_port}",
+    f"consul 127.0.0.1:{knobs.consul_https_port}",
     f"consul 127.0.0.1:{knobs.consul_dns_port}",
     "dnsmasq 127.0.0.1:53",
     # The ports from which it asks other servers, open until they answer.

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from pyinfra.api.host import Host
 
 import tasks.consul
 import tasks.nomad
-from tasks import cluster
+from tasks import certificates, cluster, secrets
 from tests.unit.ssh_server import ssh_server
 
 ROOT = Path(__file__).parents[2]
@@ -84,13 +85,47 @@ KEY = paramiko.ECDSAKey.generate()
 
 
 @pytest.fixture
+def secrets_folder(tmp_path: Path) -> Path:
+    """With the secrets and certificates of a cluster."""
+    secrets.make(tmp_path / "secrets")
+    secrets.write(tmp_path / "secrets", "token-nomad-operator", "made by Nomad")
+    certificates.make(tmp_path / "secrets")
+    return tmp_path / "secrets"
+
+
+@pytest.fixture
+def tls_api(api: int, secrets_folder: Path) -> Iterator[int]:
+    """The port of an API with TLS that wants a certificate of our CA."""
+    profile = certificates.Profile(("server.dc1.consul",), ("127.0.0.1",))
+    certificates.issued(secrets_folder, "server", profile)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(secrets_folder / "server.pem", secrets_folder / "server.key")
+    context.load_verify_locations(secrets_folder / "ca.pem")
+    context.verify_mode = ssl.CERT_REQUIRED
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Api)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    yield server.server_address[1]
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def secure_host(host: Host, tls_api: int, secrets_folder: Path) -> Host:
+    data = vars(host.data)
+    data |= {"secure": True, "secrets_folder": str(secrets_folder)}
+    data |= {"consul_https_port": tls_api, "nomad_http_port": tls_api}
+    return host
+
+
+@pytest.fixture
 def host(api: int) -> Iterator[Host]:
     """What cluster.py uses of a pyinfra host: its data, and its connector's SSH client."""
     data = {
         f"{tool}_http_{what}": value
         for tool in ("consul", "nomad")
         for what, value in (("address", "127.0.0.1"), ("port", api))
-    }
+    } | {"secure": False}
     with ssh_server(KEY) as port, paramiko.SSHClient() as client:
         client.set_missing_host_key_policy(paramiko.AutoAddPolicy())
         client.connect("127.0.0.1", port, "vagrant", pkey=KEY, allow_agent=False, look_for_keys=False)
@@ -148,6 +183,35 @@ def test_both_clients_answer_and_leave_no_connection_open(host: Host) -> None:
         assert eventually(lambda: not Api.open)
 
 
+def test_both_clients_show_their_certificate_and_token(secure_host: Host, secrets_folder: Path) -> None:
+    with cluster.consul_api(secure_host) as consul, cluster.nomad_api(secure_host) as nomad:
+        assert consul.status.leader() == "192.168.56.12:8300"
+        assert nomad.regions.get_regions() == ["global"]
+    wanted = [secrets.token(secrets_folder, name) for name in ("consul-bootstrap", "nomad-operator")]
+    assert Api.tokens == wanted
+
+
+def test_a_script_acts_with_less(
+    secure_host: Host, secrets_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_role", "operator")
+    cluster.act_as("status", secure_host.data)
+    with cluster.consul_api(secure_host) as consul:
+        consul.status.leader()
+    assert Api.tokens == [secrets.token(secrets_folder, "consul-status")]
+
+
+def test_a_server_of_another_ca_is_refused(secure_host: Host, secrets_folder: Path) -> None:
+    key = certificates.new_key()
+    secrets.write(secrets_folder, "ca.key", key)
+    secrets.write(secrets_folder, "ca.pem", certificates.new_ca(key))
+    with cluster.consul_api(secure_host) as consul, pytest.raises(cluster.Unavailable):
+        consul.status.leader()
+    with cluster.nomad_api(secure_host) as nomad, pytest.raises(cluster.Unavailable):
+        nomad.regions.get_regions()
+    assert Api.tokens == []
+
+
 @pytest.mark.parametrize("autopilot", [tasks.consul.autopilot, tasks.nomad.autopilot])
 def test_no_leader_is_an_answer_to_wait_on(host: Host, autopilot: Callable[[Host], object]) -> None:
     """Status 500 and plain text, where JSON was asked for."""
@@ -180,6 +244,7 @@ def test_pyinfra_itself_with_a_stray_environment(tmp_path: Path, api: int, close
             "closed_port": closed_port,
             "consul_http_port": api,
             "nomad_http_port": api,
+            "secure": False,
         }
         (tmp_path / "inventory.py").write_text(f"hosts = [('worker-01', {data})]\n")
         ask = str(ROOT / "tests/unit/fake/ask.py")

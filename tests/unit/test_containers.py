@@ -48,6 +48,7 @@ class Worker:
         self.lost = False
         self.served = False
         self.data = SimpleNamespace(
+            secure=False,
             dict=dict,  # pyinfra's has all data; shell.run takes the connector's arguments from it
             **{
                 "address": "192.168.56.11",

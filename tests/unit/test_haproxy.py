@@ -34,7 +34,7 @@ def render(name: str, **values: object) -> str:
     discover = values.pop("discover", False)
     data = SimpleNamespace(**{**vars(group_data.all), **values})
     template = get_template(f"templates/haproxy/{name}", {"trim_blocks": True})
-    return template.render(host=SimpleNamespace(data=data), discover=discover)
+    return template.render(host=SimpleNamespace(data=data), discover=discover, token="")
 
 
 def check(config: Path) -> subprocess.CompletedProcess[str]:
