@@ -16,9 +16,9 @@ from nomad import Nomad
 from nomad.api.exceptions import BaseNomadException, URLNotFoundNomadException
 from pyinfra import host
 from pyinfra.api import DeployError
-from pyinfra.api.host import Host
+from pyinfra.api.host import Host, HostData
 
-from tasks import distribute, rolling, serving
+from tasks import app_secrets, distribute, rolling, serving
 from tasks.cluster import Unavailable, nomad_api, wait_until
 
 # Stands for the image in a plan that is made before the image exists: placing does not look at it.
@@ -37,9 +37,19 @@ _templates = Environment(
 )
 
 
-def render(data: object, version: str, digest: str) -> str:
-    """The job's HCL. `data` has the knobs of group_data as attributes."""
-    return _templates.get_template("app/app.nomad.hcl.j2").render(data=data, version=version, digest=digest)
+def render(data: HostData, version: str, digest: str) -> str:
+    """The job's HCL, without the secrets' values. Raises DeployError if those cannot be had."""
+    uid, _, gid = str(data.app_user).partition(":")
+    return _templates.get_template("app/app.nomad.hcl.j2").render(
+        data=data,
+        version=version,
+        digest=digest,
+        secrets=app_secrets.stamp(data),
+        variable=app_secrets.variable(data),
+        as_file=app_secrets.as_file(data),
+        uid=uid,
+        gid=gid or uid,
+    )
 
 
 def plan(api: Nomad, hcl: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -248,7 +258,7 @@ def restore(api: Nomad, job_id: str, number: int, say: Callable[[str], Any], pol
 
 def check(version: str) -> None:
     """In prepare, before anything is built: Nomad would take this job and has room for it."""
-    with _refusing("Nomad"), nomad_api(_agent(), "release") as api:
+    with _refusing("Nomad"), nomad_api(_agent()) as api:
         _, planned = plan(api, _hcl(version))
         fault = unplaceable(planned["FailedTGAllocs"])
     if fault:
@@ -273,7 +283,7 @@ def _agent() -> Host:
     error: Exception = OSError("no worker takes part in this run")
     for member in rolling.members("workers"):
         try:
-            with nomad_api(member, "release") as api:
+            with nomad_api(member) as api:
                 api.status.leader.get_leader()
             return member
         except Unavailable as lost:
@@ -289,7 +299,7 @@ def _persist(step: Callable[[Nomad], str | None]) -> str | None:
         try:
             member = _agent()
             started = time.monotonic()
-            with nomad_api(member, "release") as api:
+            with nomad_api(member) as api:
                 return step(api)
         except Unavailable as error:
             now = time.monotonic()
@@ -303,7 +313,7 @@ def _persist(step: Callable[[Nomad], str | None]) -> str | None:
 def settled(version: str) -> bool:
     """Nomad sees no difference, and no deployment of this version is under way or has failed."""
     try:
-        with nomad_api(_agent(), "release") as api:
+        with nomad_api(_agent()) as api:
             job, planned = plan(api, _hcl(version))
             if changes(planned):
                 return False
@@ -324,11 +334,12 @@ def release(version: str, say: Callable[[str], Any]) -> str | None:
     lacking = wait_until("the others", lambda: _strangers(digest), _FETCHED_S, say)
     if lacking:
         return f"{lacking}; take it in, or make it ineligible (nomad node eligibility -disable)"
-    with nomad_api(_agent(), "release") as api:
+    with nomad_api(_agent()) as api:
         job, planned = plan(api, render(host.data, version, digest))
         fault = unplaceable(planned["FailedTGAllocs"])
         if fault:
             return f"{fault}; nothing was changed"
+        app_secrets.store(api, host.data)
         # Without a difference an interrupted release is under way: it is followed.
         number = register(api, job, planned) if changes(planned) else _number(api, job["ID"])
     fault = _persist(lambda api: follow(api, job["ID"], number, say, serving.failing_checks))
@@ -346,7 +357,7 @@ def _strangers(digest: str) -> str | None:
     """Nodes that Nomad would use although they are not in this run and do not have the image yet."""
     taking_part = {member.name for member in rolling.members("workers")}
     agent = _agent()
-    with nomad_api(agent, "release") as api:
+    with nomad_api(agent) as api:
         nodes = api.nodes.get_nodes()
     ready = {
         node["Name"]: node["Address"]
@@ -366,7 +377,7 @@ def _strangers(digest: str) -> str | None:
 def stable_versions(member: Host | None = None) -> list[str]:
     """The app's versions that Nomad remembers as having become healthy, the newest first."""
     member = member or _agent()
-    with nomad_api(member, "release") as api:
+    with nomad_api(member) as api:
         try:
             return stable(api.job.get_versions(member.data.app_name)["Versions"])
         except URLNotFoundNomadException:

@@ -24,7 +24,6 @@ from tasks import secrets
 
 ROOT = settings.ROOT
 SETTINGS = settings.load()
-SECURE: bool = SETTINGS.data.get("secure", knobs.secure)
 SCHEDULER: str = SETTINGS.data.get("scheduler", "nomad")
 URL = f"http://127.0.0.1:{SETTINGS.http_port}"
 HOSTS: dict[str, dict[str, Any]] = dict(inventory.workers + inventory.proxies)
@@ -110,7 +109,7 @@ def on_all(members: list[str], command: str) -> dict[str, str]:
 
 def api(host: str, port: int, path: str) -> Any:  # noqa: ANN401
     """GET from an API on a host's loopback: its JSON, or its text. Bare hosts have no curl, but bash."""
-    if SECURE and port == knobs.nomad_http_port:
+    if port == knobs.nomad_http_port and knob("secure"):
         answer = nomad(host, "GET", path)
     else:
         request = rf"GET {path} HTTP/1.0\r\n{_header(port)}\r\n"
@@ -127,11 +126,6 @@ def _header(port: int) -> str:
     return rf"X-Consul-Token: {secrets.token(settings.SECRETS, 'consul-status')}\r\n"
 
 
-def secret(name: str) -> str:
-    """A file of the secrets folder."""
-    return (settings.SECRETS / name).read_text().strip()
-
-
 # One request, read from standard input; with the host's own certificate, as any client of Nomad's.
 NOMAD_TLS = (
     f"openssl s_client -quiet -verify_quiet -verify_return_error -connect 127.0.0.1:{knobs.nomad_http_port}"
@@ -142,7 +136,7 @@ NOMAD_TLS = (
 def nomad(host: str, method: str, path: str, body: str = "", token: str = "operator") -> str:
     """The whole answer of Nomad's API on a worker, from its status line on. token: see tasks/nomad_acl.py."""
     request = (
-        f"{method} {path} HTTP/1.0\nX-Nomad-Token: {secret(f'token-nomad-{token}')}\n"
+        f"{method} {path} HTTP/1.0\nX-Nomad-Token: {secrets.token(settings.SECRETS, f'nomad-{token}')}\n"
         f"Content-Length: {len(body.encode())}\n\n{body}"
     )
     return on(host, f"{NOMAD_TLS} <<'EOF'\n{request}\nEOF")
