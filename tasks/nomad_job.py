@@ -248,7 +248,7 @@ def restore(api: Nomad, job_id: str, number: int, say: Callable[[str], Any], pol
 
 def check(version: str) -> None:
     """In prepare, before anything is built: Nomad would take this job and has room for it."""
-    with _refusing("Nomad"), nomad_api(_agent(), "release") as api:
+    with _refusing("Nomad"), nomad_api(_agent()) as api:
         _, planned = plan(api, _hcl(version))
         fault = unplaceable(planned["FailedTGAllocs"])
     if fault:
@@ -273,7 +273,7 @@ def _agent() -> Host:
     error: Exception = OSError("no worker takes part in this run")
     for member in rolling.members("workers"):
         try:
-            with nomad_api(member, "release") as api:
+            with nomad_api(member) as api:
                 api.status.leader.get_leader()
             return member
         except Unavailable as lost:
@@ -289,7 +289,7 @@ def _persist(step: Callable[[Nomad], str | None]) -> str | None:
         try:
             member = _agent()
             started = time.monotonic()
-            with nomad_api(member, "release") as api:
+            with nomad_api(member) as api:
                 return step(api)
         except Unavailable as error:
             now = time.monotonic()
@@ -303,7 +303,7 @@ def _persist(step: Callable[[Nomad], str | None]) -> str | None:
 def settled(version: str) -> bool:
     """Nomad sees no difference, and no deployment of this version is under way or has failed."""
     try:
-        with nomad_api(_agent(), "release") as api:
+        with nomad_api(_agent()) as api:
             job, planned = plan(api, _hcl(version))
             if changes(planned):
                 return False
@@ -322,7 +322,7 @@ def release(version: str, say: Callable[[str], Any]) -> str | None:
     fault = differ or wait_until("Nomad", _strangers, _LOST_S, say)
     if fault:
         return fault
-    with nomad_api(_agent(), "release") as api:
+    with nomad_api(_agent()) as api:
         job, planned = plan(api, render(host.data, version, digest))
         fault = unplaceable(planned["FailedTGAllocs"])
         if fault:
@@ -343,7 +343,7 @@ def _number(api: Nomad, job_id: str) -> int:
 def _strangers() -> str | None:
     """Nodes that Nomad would use although they are not in this run and so do not have the image."""
     taking_part = {member.name for member in rolling.members("workers")}
-    with nomad_api(_agent(), "release") as api:
+    with nomad_api(_agent()) as api:
         nodes = api.nodes.get_nodes()
     ready = {
         node["Name"]
@@ -362,7 +362,7 @@ def _strangers() -> str | None:
 def stable_versions(member: Host | None = None) -> list[str]:
     """The app's versions that Nomad remembers as having become healthy, the newest first."""
     member = member or _agent()
-    with nomad_api(member, "release") as api:
+    with nomad_api(member) as api:
         try:
             return stable(api.job.get_versions(member.data.app_name)["Versions"])
         except URLNotFoundNomadException:

@@ -109,8 +109,11 @@ def on_all(members: list[str], command: str) -> dict[str, str]:
 
 def api(host: str, port: int, path: str) -> Any:  # noqa: ANN401
     """GET from an API on a host's loopback: its JSON, or its text. Bare hosts have no curl, but bash."""
-    request = rf"GET {path} HTTP/1.0\r\n{_header(port)}\r\n"
-    answer = on(host, f"exec 3<>/dev/tcp/127.0.0.1/{port}; printf '{request}' >&3; cat <&3")
+    if port == knobs.nomad_http_port and knob("secure"):
+        answer = nomad(host, "GET", path)
+    else:
+        request = rf"GET {path} HTTP/1.0\r\n{_header(port)}\r\n"
+        answer = on(host, f"exec 3<>/dev/tcp/127.0.0.1/{port}; printf '{request}' >&3; cat <&3")
     _, _, body = answer.partition("\n\n")
     # Consul calls the JSON of an unhealthy answer plain text.
     return json.loads(body) if body[:1] in ("{", "[", '"') else body
@@ -121,6 +124,22 @@ def _header(port: int) -> str:
     if not knob("secure") or port != knobs.consul_http_port:
         return ""
     return rf"X-Consul-Token: {secrets.token(settings.SECRETS, 'consul-status')}\r\n"
+
+
+# One request, read from standard input; with the host's own certificate, as any client of Nomad's.
+NOMAD_TLS = (
+    f"openssl s_client -quiet -verify_quiet -verify_return_error -connect 127.0.0.1:{knobs.nomad_http_port}"
+    " -CAfile /etc/hashistack/ca.pem -cert /etc/nomad.d/nomad.pem -key /etc/nomad.d/nomad.key"
+)
+
+
+def nomad(host: str, method: str, path: str, body: str = "", token: str = "operator") -> str:
+    """The whole answer of Nomad's API on a worker, from its status line on. token: see tasks/nomad_acl.py."""
+    request = (
+        f"{method} {path} HTTP/1.0\nX-Nomad-Token: {secrets.token(settings.SECRETS, f'nomad-{token}')}\n"
+        f"Content-Length: {len(body.encode())}\n\n{body}"
+    )
+    return on(host, f"{NOMAD_TLS} <<'EOF'\n{request}\nEOF")
 
 
 def power_off(*members: str) -> None:
