@@ -72,14 +72,14 @@ def ca() -> None:
     where = secrets.folder(host.data)
     base.trust(certificates.ca(where))
     _read_again()
-    sign_with_next(name="Sign with the next CA from here on")
+    finish(name="Sign with the next CA from here on", file="ca.key")
     consul.renew()
     if "workers" in host.groups and host.data.scheduler == "nomad":
         nomad.install()
     _read_again()
     base.trust(certificates.next_ca(where))
     _read_again()
-    trust_next_alone(name="Trust the next CA alone")
+    finish(name="Trust the next CA alone", file="ca.pem")
 
 
 def _read_again() -> None:
@@ -89,18 +89,11 @@ def _read_again() -> None:
 
 
 @operation()
-def sign_with_next() -> Generator[str]:
-    """On the controller: all hosts trust it by now."""
-    secrets.finish(secrets.folder(host.data), ["ca.key"])
-    host.noop("done on the controller")
-    yield from ()
-
-
-@operation()
-def trust_next_alone() -> Generator[str]:
-    """On the controller: no host uses the one before by now."""
-    secrets.finish(secrets.folder(host.data), ["ca.pem"])
-    host.noop("done on the controller")
+def finish(file: str) -> Generator[str]:
+    """The next ca.key, or ca.pem, becomes the current one on the controller: all hosts are ready for it."""
+    if state.is_executing:
+        secrets.finish(secrets.folder(host.data), [file])
+        host.noop("done on the controller")
     yield from ()
 
 
