@@ -66,6 +66,11 @@ def _upgrades() -> list[config.File]:
     return [config.File(UPGRADES, config.render("base/unattended-upgrades.j2"))]
 
 
+def trust(pem: str) -> None:
+    """While the CA is changed."""
+    config.write(name="Write which CA the host trusts", files=[config.File(certificates.CA_FILE, pem)])
+
+
 @deploy("Base")
 def configure() -> None:
     settings = "".join(f"{key} = {value}\n" for key, value in host.data.base_sysctl.items())
