@@ -16,6 +16,7 @@ from pyinfra.api.host import Host
 from tasks import (
     artifact,
     consul,
+    containers,
     distribute,
     haproxy,
     held,
@@ -33,7 +34,7 @@ from tasks.cluster import Unavailable, consul_api, nomad_api
 Found = dict[str, Any]
 Answer = TypeVar("Answer")
 SILENT_S = 5  # a host that takes longer to answer counts as silent
-_LOST = (*Unavailable, EOFError, ValueError, gevent.Timeout)
+_LOST = (*Unavailable, containers.Failed, containers.Lost, EOFError, ValueError, gevent.Timeout)
 
 
 def survey() -> Found:
@@ -83,7 +84,8 @@ def _first(members: list[Host], ask: Callable[[Host], Found]) -> Found:
 
 
 def _host(member: Host) -> Found:
-    """Its place in the inventory, its tools, and the app's images in its Docker."""
+    """Its place in the inventory, its tools, the app's images in its Docker, and (docker scheduler) the
+    versions of its containers, stopped ones included, the newest first."""
     found: Found = {
         "address": member.data.address,
         "groups": [g for g in ("servers", "workers", "proxies", "builder") if g in member.groups],
@@ -103,6 +105,9 @@ def _host(member: Host) -> Found:
         }
     if found["reached"] and "workers" in member.groups:
         found["images"] = {version: image.digest for version, image in held.images(member).items()}
+        if member.data.scheduler == "docker":
+            newest = sorted(containers.instances(member), key=lambda i: i.created, reverse=True)
+            found["containers"] = [instance.version for instance in newest]
     return found
 
 

@@ -27,7 +27,7 @@ MIDDLE = "instances healthy" if hosts.SCHEDULER == "nomad" else f"waiting 5 s fo
 @pytest.fixture
 def other(as_found: str) -> str:
     """A version to go back to; on a lab that never had a second one, it is made first."""
-    candidates = list(status()["rollback"])
+    candidates: list[str] = list(status()["rollback"])
     for version in ("0.0.3", as_found) if not candidates else ():
         assert release(version).code == 0
         candidates = ["0.0.3"]
@@ -112,7 +112,7 @@ def test_old_versions_go(as_found: str, other: str) -> None:
         hosts.on(name, f"{copy} docker://{IMAGE}:{as_found} docker://{IMAGE}:0.0.1")
     run = release(as_found, "--data=registry_keep_versions=2")
     assert (run.code, list(run.changed)) == (0, [PRUNE]), run.output
-    held = f"docker images --no-trunc --format '{{{{.Digest}}}}' {IMAGE} | sort -u | wc -l"
+    held = f"docker images --quiet {IMAGE} | sort -u | wc -l"
     for name in WORKERS:
         tags = hosts.api(name, knobs.registry_port, f"/v2/{knobs.app_name}/tags/list")["tags"]
         assert sorted(tags) == sorted([as_found, other])
