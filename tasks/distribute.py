@@ -100,12 +100,12 @@ def digests(version: str) -> dict[Host, str]:
 
 
 def digest_of(version: str) -> str:
-    """From the registries, or where none has it from every worker's Docker; "" for neither."""
-    found = next(iter(digests(version).values()), "")
-    if found:
-        return found
+    """From every worker's Docker, or where one lacks it from the registries; "" for neither.
+
+    So the way back asks no registry: they may all be silent.
+    """
     kept = held.by_all().get(version)
-    return kept.digest if kept else ""
+    return kept.digest if kept else next(iter(digests(version).values()), "")
 
 
 def disagreement(found: dict[Host, str]) -> str | None:
@@ -216,22 +216,12 @@ def _left_behind(state: State, host: Host, fault: str) -> bool:
 @operation()
 def copy(version: str) -> Generator[FunctionCommand]:
     """Bring the image from a registry that holds it to this worker's own; the digest stays the same."""
-    if host in digests(version):
+    if version in held.by_all():
+        host.noop(f"every worker's Docker holds {version}")
+    elif host in digests(version):
         host.noop(f"the registry holds {version}")
-        return
-    if version in held.by_all() and _silent(host, version):
-        logger.warning(f"{host.print_prefix}its registry does not answer; its Docker holds {version}")
-        host.noop(f"Docker holds {version}")
-        return
-    yield FunctionCommand(_copy, (version,), {})
-
-
-def _silent(member: Host, version: str) -> bool:
-    try:
-        digest(member, version)
-    except cluster.Unavailable:
-        return True
-    return False
+    else:
+        yield FunctionCommand(_copy, (version,), {})
 
 
 def _copy(state: State, host: Host, version: str) -> bool:

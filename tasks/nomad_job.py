@@ -328,9 +328,6 @@ def release(version: str, say: Callable[[str], Any]) -> str | None:
     digest = distribute.digest_of(version)
     if not digest:
         return "neither a registry nor every worker's Docker holds it"
-    differ = distribute.disagreement(distribute.digests(version))
-    if differ:
-        return differ
     lacking = wait_until("the others", lambda: _strangers(digest), _FETCHED_S, say)
     if lacking:
         return f"{lacking}; take it in, or make it ineligible (nomad node eligibility -disable)"

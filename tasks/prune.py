@@ -36,14 +36,17 @@ def check() -> None:
         )
 
 
-def surplus(found: Found, served: list[str], running: set[str], keep: int) -> list[str]:
-    """The versions to delete, the oldest last. served: what was in service, the last one first.
+def surplus(found: Found, served: list[str], running: set[str], keep: int) -> Found:
+    """What to delete. served: what was in service, the last one first.
 
-    Those that run and the last `keep` stay: what was in service counts first, then the highest numbers.
+    The versions that run and the last `keep` stay: what was in service counts first, then the highest
+    numbers. So does an image that one of them shares.
     """
     others = sorted(found.keys() - set(served), key=artifact.order, reverse=True)
     held = [version for version in [*served, *others] if version in found]
-    return [version for version in held[keep:] if version not in running]
+    gone = [version for version in held[keep:] if version not in running]
+    needed = set(chain.from_iterable(found[version] for version in found.keys() - set(gone)))
+    return {version: found[version] - needed for version in gone}
 
 
 def strays(found: Found, kept: list[history.Entry]) -> list[str]:
@@ -83,7 +86,7 @@ def _unneeded() -> list[str]:
     old = surplus(found, served, running, host.data.registry_keep_versions)
     if old:
         logger.info(f"{host.print_prefix}deleting {', '.join(old)}")
-    return sorted({*chain.from_iterable(found[version] for version in old), *strays(found, kept)})
+    return sorted({*chain.from_iterable(old.values()), *strays(found, kept)})
 
 
 def _found() -> Found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 from tasks import history, serving
@@ -160,7 +161,7 @@ def _registries(found: Found) -> Iterable[str]:
             yield f"{name}: its registry does not answer ({registry['fault']}); {DEPLOY}"
         elif not _under_way(found):
             for version in sorted(running - registry["digests"].keys()):
-                yield f"{name}: its registry lacks {version}; release {version} again"
+                yield f"{name}: its registry lacks {version}, and fetches it within minutes; {LOOK.format(unit='registry-sync')}"
 
 
 def _releases(found: Found) -> Iterable[str]:
@@ -178,7 +179,8 @@ def candidates(found: Found) -> dict[str, str]:
     held = [host["images"] for host in found["hosts"].values() if host.get("images") is not None]
     running = {i["version"] for i in found["app"].get("instances", [])}
     kept = [history.Entry(**entry) for entry in found["releases"].get("history", [])]
-    before = [*history.served(kept), *((found["nomad"] or {}).get("stable", []))]
+    remembered = chain.from_iterable(host.get("containers", []) for host in found["hosts"].values())
+    before = [*history.served(kept), *((found["nomad"] or {}).get("stable", [])), *remembered]
     return {
         version: held[0][version]
         for version in before

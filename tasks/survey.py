@@ -17,6 +17,7 @@ from tasks import (
     artifact,
     certificates,
     consul,
+    containers,
     distribute,
     haproxy,
     held,
@@ -36,7 +37,7 @@ Answer = TypeVar("Answer")
 # Whose certificate -> where it lies on a host that has it.
 CERTIFICATES = {"CA": certificates.CA_FILE, "consul": consul.CERTIFICATE, "nomad": nomad.CERT}
 SILENT_S = 5  # a host that takes longer to answer counts as silent
-_LOST = (*Unavailable, EOFError, ValueError, gevent.Timeout)
+_LOST = (*Unavailable, containers.Failed, containers.Lost, EOFError, ValueError, gevent.Timeout)
 
 
 def survey() -> Found:
@@ -86,7 +87,8 @@ def _first(members: list[Host], ask: Callable[[Host], Found]) -> Found:
 
 
 def _host(member: Host) -> Found:
-    """Its place in the inventory, its tools, and the app's images in its Docker."""
+    """Its place in the inventory, its tools, the app's images in its Docker, and (docker scheduler) the
+    versions of its containers, stopped ones included, the newest first."""
     found: Found = {
         "address": member.data.address,
         "groups": [g for g in ("servers", "workers", "proxies", "builder") if g in member.groups],
@@ -107,6 +109,9 @@ def _host(member: Host) -> Found:
         found["certificates"] = _certificates(member)
     if found["reached"] and "workers" in member.groups:
         found["images"] = {version: image.digest for version, image in held.images(member).items()}
+        if member.data.scheduler == "docker":
+            newest = sorted(containers.instances(member), key=lambda i: i.created, reverse=True)
+            found["containers"] = [instance.version for instance in newest]
     return found
 
 

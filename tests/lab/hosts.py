@@ -10,8 +10,9 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,6 +159,18 @@ def power_on(*members: str) -> None:
 
 def _container(host: str) -> str:
     return (ROOT / ".vagrant" / "machines" / host / "docker" / "id").read_text()
+
+
+@contextmanager
+def frozen_registries(*workers: str) -> Iterator[None]:
+    """They take connections and never answer."""
+    registry = "$(docker ps --quiet --filter name=^registry)"
+    on_all(list(workers), f"docker pause {registry}")
+    try:
+        yield
+    finally:
+        on_all(list(workers), f"docker unpause {registry}")
+    wait_for("their checks to pass", whole)
 
 
 @dataclass(frozen=True)

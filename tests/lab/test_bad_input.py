@@ -157,15 +157,9 @@ def tiny_disk(host: str, folder: str) -> Iterator[None]:
 
 
 def test_registry_that_is_down() -> None:
-    """Frozen: it takes connections and never answers."""
-    registry = "$(docker ps --quiet --filter name=registry)"
-    hosts.on(OTHER_WORKER, f"docker pause {registry}")
-    try:
+    with hosts.frozen_registries(OTHER_WORKER):
         line = f"{OTHER_WORKER}: its registry does not answer .* go on without: --exclude {OTHER_WORKER}"
         refused(line, "release.py", "--data=version=0.9.9")
-    finally:
-        hosts.on(OTHER_WORKER, f"docker unpause {registry}")
-    hosts.wait_for("its check to pass", hosts.whole)
 
 
 def test_unhealthy_quorum() -> None:

@@ -20,6 +20,7 @@ import pytest
 from group_data import all as knobs
 from tests.lab import hosts
 from tests.lab.test_bad_input import refused
+from tests.lab.test_rollback import status
 from tests.load import Load
 
 PROXIES = hosts.names("proxies")
@@ -256,6 +257,21 @@ def test_a_changed_configuration_costs_nothing(as_found: str) -> None:
             assert order == [other_than(holder), holder], run.output
         assert settled() == holder
     assert hosts.pyinfra("deploy.py").changed == {}
+
+
+def test_status_tells_who_holds_the_address_and_what_is_wrong(as_found: str) -> None:
+    holder = settled()
+    found = status()
+    assert (found["healthy"], [name for name, p in found["proxies"].items() if p["vip"]["held"]]) == (
+        True,
+        [holder],
+    )
+    inside(other_than(holder), "systemctl stop keepalived")
+    try:
+        assert status()["wrong"] == [f"{other_than(holder)}: keepalived: it does not run; run deploy.py"]
+    finally:
+        inside(other_than(holder), "systemctl start keepalived")
+    settled()
 
 
 def test_a_replaced_nic_is_found_by_deploy() -> None:

@@ -84,3 +84,19 @@ def test_consul_sees_each_one_answer() -> None:
     assert {(entry["Node"]["Node"], entry["Service"]["Address"]) for entry in entries} == {
         (name, hosts.HOSTS[name]["address"]) for name in WORKERS
     }
+
+
+def test_a_worker_fetches_what_it_lacks_by_itself() -> None:
+    """As one that was rebuilt: its registry is empty."""
+    holds = hosts.api(WORKERS[0], knobs.registry_port, f"/v2/{knobs.app_name}/tags/list")
+    hosts.on(WORKERS[0], "rm -r /var/lib/registry/docker")
+    hosts.wait_for(
+        "its timer to have fetched all",
+        lambda: hosts.api(WORKERS[0], knobs.registry_port, f"/v2/{knobs.app_name}/tags/list") == holds,
+        150,
+    )
+    assert hosts.on(WORKERS[0], "registry-sync missing") == ""
+    hosts.wait_for("it to be done", lambda: "inactive" in hosts.on(WORKERS[0], _STATE))
+
+
+_STATE = "systemctl show -P ActiveState registry-sync.service"

@@ -27,7 +27,14 @@ FOUND = {f"0.0.{n}": {f"sha256:{n}"} for n in (1, 2, 3, 10)}
     ],
 )
 def test_surplus(served: list[str], running: set[str], keep: int, gone: list[str]) -> None:
-    assert prune.surplus(FOUND, served, running, keep) == gone
+    found = prune.surplus(FOUND, served, running, keep)
+    assert list(found) == gone
+    assert all(found[version] == FOUND[version] for version in gone)
+
+
+def test_an_image_that_another_version_shares_stays() -> None:
+    found = FOUND | {"0.0.1": FOUND["0.0.10"]}
+    assert prune.surplus(found, ["0.0.10", "0.0.3", "0.0.2"], {"0.0.10"}, 3) == {"0.0.1": set()}
 
 
 def entry(version: str, digest: str, result: str = IN_SERVICE) -> Entry:
