@@ -39,6 +39,8 @@ by_nomad = host.data.scheduler == "nomad"
 
 if "docker" in roles and is_worker:
     docker.configure()
+if "registry" in roles and is_worker:
+    registry.configure()
 if "base" in roles:
     base.configure()
 if "consul" in roles:

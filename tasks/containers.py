@@ -26,7 +26,7 @@ from pyinfra.api.host import Host, HostData
 from pyinfra.api.state import State
 from pyinfra.operations import systemd
 
-from tasks import app_secrets, config, secrets, shell
+from tasks import app_secrets, config, registry_access, secrets, shell
 from tasks.cluster import Unavailable, consul_api, wait_until
 
 COLOURS = ("blue", "green")
@@ -589,7 +589,8 @@ def configure() -> None:
 @deploy("Registry")
 def run_registry() -> None:
     """On this worker; whether it answers is to be asked of Consul."""
-    run_registry_container(name="Run a registry")
+    for name, arguments in host.loop(list(registries(host.data).items())):
+        run_registry_container(name=f"Run a {name}", container=name, wanted=arguments)
     text = json.dumps({"service": registry_service(host.data) | _token(host.data)}, indent=2) + "\n"
     config.write(
         name="Describe the registry to Consul",
@@ -598,34 +599,54 @@ def run_registry() -> None:
     reload_consul_if_unaware(name="Register the registry in Consul", service=registry_service(host.data))
 
 
-def registry_arguments(data: HostData) -> list[str]:
-    """`docker run` arguments, image included; the limits of the registry's Nomad job."""
-    port = data.registry_port
+def registries(data: HostData) -> dict[str, list[str]]:
+    """Container -> its `docker run` arguments, image included, as in the registry's Nomad job."""
+    loopback = f"--publish=127.0.0.1:{data.registry_port}:5000"
+    private = f"--publish={data.address}:{data.registry_port}:5000"
+    if not data.secure:
+        return {"registry": _registry(data, "registry", [loopback, private], {})}
+    tls = f"--volume={registry_access.SERVER}:/tls:ro"
+    return {
+        # The one that can be written to first: it frees the loopback's port, if it has both yet.
+        "registry": _registry(data, "registry", [private, tls], registry_access.listener()),
+        "readonly-registry": _registry(data, "readonly-registry", [loopback], registry_access.READ_ONLY),
+    }
+
+
+def _registry(data: HostData, name: str, more: list[str], env: dict[str, str]) -> list[str]:
+    folder = "/var/lib/registry"
     return [
-        "--name=registry",
-        f"--publish=127.0.0.1:{port}:5000",
-        f"--publish={data.address}:{port}:5000",
+        f"--name={name}",
+        *more,
+        *(f"--env={key}={value}" for key, value in env.items()),
         "--restart=unless-stopped",
         "--read-only",
         "--cap-drop=ALL",
         "--security-opt=no-new-privileges",
-        "--volume=/var/lib/registry:/var/lib/registry",
+        f"--volume={folder}:{folder}{':ro' if env == registry_access.READ_ONLY else ''}",
         data.registry_image,
     ]
 
 
 def registry_service(data: HostData) -> dict[str, Any]:
-    """The registry in Consul, as its Nomad job registers it."""
+    """The registry in Consul, as its Nomad job registers it. /, unlike /v2/, needs no password."""
+    private, loopback = f"{data.address}:{data.registry_port}", f"127.0.0.1:{data.registry_port}"
+    timing = {"interval": "10s", "timeout": "2s"}
+    if data.secure:
+        checks = [
+            {"http": f"https://{private}/", "tls_skip_verify": True, **timing},
+            {"http": f"http://{loopback}/", **timing},
+        ]
+    else:
+        checks = [{"http": f"http://{private}/", **timing}]
     return {
         "id": "registry",
         "name": "registry",
         "address": data.address,
         "port": data.registry_port,
-        "check": {
-            "http": f"http://{data.address}:{data.registry_port}/v2/",
-            "interval": "10s",
-            "timeout": "2s",
-        },
+        # What Consul knows of it shows whether it has these checks.
+        "meta": {"scheme": "https" if data.secure else "http"},
+        "checks": checks,
     }
 
 
@@ -643,15 +664,14 @@ class ContainerSettings(FactBase[str]):
 
 
 @operation()
-def run_registry_container() -> Generator[str]:
+def run_registry_container(container: str, wanted: list[str]) -> Generator[str]:
     """Run it anew where it does not run with these arguments (docker.container would not see them)."""
-    wanted = registry_arguments(host.data)
     settings = _hash(wanted)
-    if host.get_fact(ContainerSettings, container="registry") == settings:
-        host.noop("the registry runs as it should")
+    if host.get_fact(ContainerSettings, container=container) == settings:
+        host.noop(f"the {container} runs as it should")
         return
     yield "install -d -m 700 /var/lib/registry"  # Docker would make it readable for all
-    yield "! docker inspect registry >/dev/null 2>&1 || docker rm --force registry"
+    yield f"! docker inspect {container} >/dev/null 2>&1 || docker rm --force {container}"
     yield shlex.join(["docker", "run", "--detach", f"--label=hashistack.settings={settings}", *wanted])
 
 
@@ -663,7 +683,7 @@ def reload_consul_if_unaware(service: dict[str, Any]) -> Generator[str]:
             known = api.agent.services().get(service["id"], {})
     except Unavailable:
         known = {}
-    if (known.get("Address"), known.get("Port")) == (service["address"], service["port"]):
+    if all(known.get(key.title()) == service[key] for key in ("address", "port", "meta")):
         host.noop("Consul knows the registry")
         return
     yield "systemctl reload consul"

@@ -21,7 +21,7 @@ from pyinfra.api.state import State
 from pyinfra.facts.docker import DockerImage
 from pyinfra.facts.server import Arch
 
-from tasks import artifact, cluster, held, image, registry, rolling, serving, shell
+from tasks import artifact, cluster, held, image, registry, registry_access, rolling, serving, shell
 
 _MANIFEST = "application/vnd.docker.distribution.manifest.v2+json, application/vnd.oci.image.manifest.v1+json"
 _LOST_S = 15
@@ -46,8 +46,10 @@ def _get(member: Host, path: str, address: str = "127.0.0.1") -> requests.Respon
     """What the registry at `address`, seen from `member`, has at /v2/<app>/<path>; None for nothing.
     Else Unavailable."""
     with cluster.forward(member, member.data.registry_port, address) as port, cluster.http_session() as http:
-        url = f"http://127.0.0.1:{port}/v2/{member.data.app_name}/{path}"
-        answer = http.get(url, headers={"Accept": _MANIFEST}, timeout=cluster.TIMEOUT_S)
+        private = member.data.secure and address != "127.0.0.1"
+        url = f"{'https' if private else 'http'}://127.0.0.1:{port}/v2/{member.data.app_name}/{path}"
+        access = registry_access.request(member.data) if private else {}
+        answer = http.get(url, headers={"Accept": _MANIFEST}, timeout=cluster.TIMEOUT_S, **access)
     if answer.status_code == 404:
         return None
     answer.raise_for_status()
@@ -184,7 +186,7 @@ def _build_on(member: Host, version: str) -> str | None:
     except (image.ImageError, EOFError, *cluster.Unavailable) as error:
         return said(error)
     command = build_command(member.data.app_base_image, tag, version, image.source_hash(folder), tar)
-    return run(member, command) or run(member, f"docker push -q {tag}")
+    return run(member, command) or run(member, registry_access.push_command(member.data, tag))
 
 
 def build_command(base: str, tag: str, version: str, source: str, tar: str) -> str:

@@ -37,6 +37,7 @@ def policies(data: HostData) -> dict[str, str]:
                 _namespace("default", _JOBS),
                 _namespace(PLATFORM, _JOBS),
                 'host_volume "registry" { policy = "write" }',
+                'host_volume "registry-tls" { policy = "read" }',
                 *(f'{what} {{ policy = "write" }}' for what in ("agent", "node", "operator")),
             ]
         ),

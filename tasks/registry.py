@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
 from nomad import Nomad
 from pyinfra import host
-from pyinfra.api import FileUploadCommand, StringCommand, deploy, operation
+from pyinfra.api import FactBase, FileUploadCommand, StringCommand, deploy, operation
 from pyinfra.api.command import QuoteString
 from pyinfra.facts.docker import DockerImage
 from pyinfra.facts.server import Arch, Which
 
-from tasks import artifact, config, containers, nomad_acl, rolling
+from tasks import artifact, config, containers, nomad_acl, registry_access, rolling
 from tasks.cluster import consul_api, nomad_api
 from tasks.mirror import cache_dir
 
@@ -25,16 +25,23 @@ TIMER_UNITS = [f"{SYSTEMD}/registry-sync.service", f"{SYSTEMD}/registry-sync.tim
 
 
 @deploy("Registry")
-def install() -> None:
+def configure() -> None:
+    """Before Nomad starts, which wants to see what it shall show to containers."""
+    settings = config.render("registry/registry-sync.conf.j2", client=registry_access.CLIENT)
     config.write(
-        name="Configure the registry's synchronisation",
+        name="Configure the registry and its synchronisation",
         files=[
-            config.File("/etc/registry-sync.conf", config.render("registry/registry-sync.conf.j2")),
+            *registry_access.files(host),
+            config.File("/etc/registry-sync.conf", settings),
             config.File(SYNC, config.render("registry/registry-sync"), mode="755"),
             config.File(TIMER_UNITS[0], config.render("registry/registry-sync.service")),
             config.File(TIMER_UNITS[1], config.render("registry/registry-sync.timer.j2")),
         ],
     )
+
+
+@deploy("Registry")
+def install() -> None:
     rolling.restart_if_stale(
         name="Start the timer that synchronises the registry",
         unit="registry-sync.timer",
@@ -82,10 +89,36 @@ def run() -> None:
     leads = host.name == rolling.members("workers")[0].name
     if leads and host.data.scheduler == "nomad":
         rolling.change_by_api(name="Run a registry on each worker", differs=_job_differs, change=_register)
+    take_new_certificate(name="Restart a registry whose certificate is newer")
     if leads:
         rolling.wait_until_healthy(
             name="Wait until each registry answers", what="the registries", fault=_missing
         )
+
+
+class IsOld(FactBase[bool]):
+    """Whether the registry that can be written to has started before its certificate was renewed."""
+
+    def command(self) -> str:
+        files = " ".join(registry_access.READS_AT_START)
+        return (
+            'id=$(docker ps -q --filter name=^registry | head -n 1); test -z "$id" ||'
+            f" find {files} -newermt \"$(docker inspect -f '{{{{.State.StartedAt}}}}' $id)\""
+        )
+
+    def process(self, output: Iterable[str]) -> bool:
+        return bool(list(output))
+
+
+@operation()
+def take_new_certificate() -> Generator[str]:
+    """It reads it only when it starts. Docker goes on to pull from the other listener meanwhile."""
+    if not host.data.secure or not host.get_fact(IsOld):
+        host.noop("it runs with its current certificate")
+        return
+    # Nomad starts it again by itself, in a new container.
+    what = "stop" if host.data.scheduler == "nomad" else "restart"
+    yield f"docker ps -q --filter name=^registry | xargs -r docker {what}"
 
 
 @operation()
@@ -112,7 +145,12 @@ def _job_differs() -> str | None:
 
 def _job(api: Nomad) -> dict[str, Any]:
     parsed: dict[str, Any] = api.jobs.parse(
-        config.render("registry/registry.nomad.hcl.j2", namespace=nomad_acl.PLATFORM)
+        config.render(
+            "registry/registry.nomad.hcl.j2",
+            namespace=nomad_acl.PLATFORM,
+            listener=registry_access.listener(),
+            read_only=registry_access.READ_ONLY,
+        )
     )
     return parsed
 
@@ -137,4 +175,15 @@ def _missing() -> str | None:
         entries = api.health.service("registry", passing=True)[1]
     answering = {entry["Node"]["Node"] for entry in entries}
     missing = [m.name for m in rolling.members("workers") if m.name not in answering]
-    return f"not answering yet: {', '.join(missing)}" if missing else None
+    if missing:
+        return f"not answering yet: {', '.join(missing)}"
+    return _being_replaced() if host.data.scheduler == "nomad" else None
+
+
+def _being_replaced() -> str | None:
+    """Nomad replaces one after the other; a release must not meet those of before."""
+    with nomad_api(host) as api:
+        where = {"namespace": nomad_acl.PLATFORM}
+        deployment = api.job.request("registry", "deployment", method="get", params=where).json()
+    running = deployment and deployment["Status"] == "running"
+    return "Nomad replaces them one by one" if running else None
