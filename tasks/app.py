@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from pyinfra.api.host import Host
 from pyinfra.api.state import State
 
 from tasks import (
+    app_secrets,
     cluster,
     containers,
     distribute,
@@ -91,8 +93,16 @@ def _check_source(version: str, built_from: str) -> None:
     logger.warning(f"{version}: released before from other source; its existing image is used")
 
 
+def check_hardening() -> None:
+    """In prepare: what is wrong with its user or its secrets is said before anything is done."""
+    if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", str(host.data.app_user)):
+        raise DeployError(f"app_user={host.data.app_user}: give numbers, and not root's, as in 10001:10001")
+    app_secrets.stamp(host.data)
+
+
 def put_into_service(version: str) -> None:
     """What release.py and rollback.py end with, once every worker holds the image."""
+    check_hardening()
     if "workers" in host.groups:
         roll(name=f"Replace what runs by {version}", version=version)
     if "proxies" in host.groups:

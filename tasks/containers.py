@@ -15,6 +15,7 @@ import shlex
 import time
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 import gevent  # type: ignore[import-untyped]
@@ -25,7 +26,7 @@ from pyinfra.api.host import Host, HostData
 from pyinfra.api.state import State
 from pyinfra.operations import systemd
 
-from tasks import config, secrets, shell
+from tasks import app_secrets, config, secrets, shell
 from tasks.cluster import Unavailable, consul_api, wait_until
 
 COLOURS = ("blue", "green")
@@ -91,6 +92,10 @@ def image(data: HostData, digest: str) -> str:
 
 def environment(data: HostData, version: str) -> dict[str, str]:
     """The same as in the Nomad job (templates/app/app.nomad.hcl.j2)."""
+    return {**_plain(data, version), **app_secrets.environment(data)}
+
+
+def _plain(data: HostData, version: str) -> dict[str, str]:
     return {"APP_VERSION": version, **{name: str(value) for name, value in data.app_env.items()}}
 
 
@@ -100,6 +105,7 @@ def arguments(data: HostData, colour: str) -> list[str]:
         f"--name={data.app_name}-{colour}",
         f"--publish={data.address}:{_port(data, colour)}:{data.app_port}",
         "--restart=unless-stopped",
+        f"--user={data.app_user}",
         "--read-only",
         "--tmpfs=/tmp:size=64m",
         "--cap-drop=ALL",
@@ -107,13 +113,27 @@ def arguments(data: HostData, colour: str) -> list[str]:
         f"--pids-limit={data.app_pids_limit}",
         f"--cpu-shares={data.app_cpu_mhz}",
         f"--memory={data.app_memory_mb}m",
+        *_secrets_mount(data, colour),
     ]
 
 
+def _secrets_mount(data: HostData, colour: str) -> list[str]:
+    if not app_secrets.as_file(data):
+        return []
+    source = _secrets_file(f"{data.app_name}-{colour}")
+    return [f"--mount=type=bind,source={source},target={app_secrets.FILE},readonly"]
+
+
+def _secrets_file(name: str) -> str:
+    """On the worker, for the container of this name."""
+    return f"/etc/hashistack/secrets/{name}.env"
+
+
 def settings_hash(data: HostData, version: str) -> str:
-    """Of all that shapes a container beside its image; secrets in the environment only go in hashed."""
+    """Of all that shapes a container beside its image; of secrets their stamp."""
     containers = [[arguments(data, colour), _service(data, colour, version)] for colour in COLOURS]
-    return _hash([containers, sorted(environment(data, version).items())])
+    stamps = [stamp] if (stamp := app_secrets.stamp(data)) else []
+    return _hash([containers, sorted(_plain(data, version).items()), *stamps])
 
 
 def _hash(shape: object) -> str:
@@ -321,6 +341,8 @@ def _start(member: Host, colour: str, release: Release, old: Instance | None) ->
     run += [image(data, release.digest)]
     remove = f"docker rm --force {new.name}"
     _run(member, f"! docker inspect {new.name} >/dev/null 2>&1 || {remove}")
+    if app_secrets.as_file(data):
+        _write_secrets(member, new.name)
     try:
         # Standard input may be a socket, which cannot be opened by its path; cat's pipe can.
         _run(member, f"cat | {shlex.join(run)}", stdin=_env_file(member, release.version))
@@ -328,6 +350,17 @@ def _start(member: Host, colour: str, release: Release, old: Instance | None) ->
         _run(member, f"{remove} 2>&1 || true")
         raise
     return new
+
+
+def _write_secrets(member: Host, name: str) -> None:
+    """A new file each time: a container keeps the one that it was started with."""
+    file, owner = _secrets_file(name), shlex.quote(str(member.data.app_user))
+    _run(
+        member,
+        f"install -d -m 700 {PurePosixPath(file).parent} && install -m 600 /dev/null {file}.new"
+        f" && cat > {file}.new && chown {owner} {file}.new && mv -T {file}.new {file}",
+        stdin=app_secrets.text(member.data),
+    )
 
 
 def _env_file(member: Host, version: str) -> str:

@@ -16,9 +16,9 @@ from nomad import Nomad
 from nomad.api.exceptions import BaseNomadException, URLNotFoundNomadException
 from pyinfra import host
 from pyinfra.api import DeployError
-from pyinfra.api.host import Host
+from pyinfra.api.host import Host, HostData
 
-from tasks import distribute, rolling, serving
+from tasks import app_secrets, distribute, rolling, serving
 from tasks.cluster import Unavailable, nomad_api, wait_until
 
 # Stands for the image in a plan that is made before the image exists: placing does not look at it.
@@ -37,9 +37,19 @@ _templates = Environment(
 )
 
 
-def render(data: object, version: str, digest: str) -> str:
-    """The job's HCL. `data` has the knobs of group_data as attributes."""
-    return _templates.get_template("app/app.nomad.hcl.j2").render(data=data, version=version, digest=digest)
+def render(data: HostData, version: str, digest: str) -> str:
+    """The job's HCL, without the secrets' values. Raises DeployError if those cannot be had."""
+    uid, _, gid = str(data.app_user).partition(":")
+    return _templates.get_template("app/app.nomad.hcl.j2").render(
+        data=data,
+        version=version,
+        digest=digest,
+        secrets=app_secrets.stamp(data),
+        variable=app_secrets.variable(data),
+        as_file=app_secrets.as_file(data),
+        uid=uid,
+        gid=gid or uid,
+    )
 
 
 def plan(api: Nomad, hcl: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -327,6 +337,7 @@ def release(version: str, say: Callable[[str], Any]) -> str | None:
         fault = unplaceable(planned["FailedTGAllocs"])
         if fault:
             return f"{fault}; nothing was changed"
+        app_secrets.store(api, host.data)
         # Without a difference an interrupted release is under way: it is followed.
         number = register(api, job, planned) if changes(planned) else _number(api, job["ID"])
     fault = _persist(lambda api: follow(api, job["ID"], number, say, serving.failing_checks))
