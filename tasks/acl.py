@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gevent  # type: ignore[import-untyped]
@@ -70,27 +71,35 @@ def policies(data: HostData) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Token:
-    """One that the cluster shall know: with a policy, or for the agent on a node."""
+    """One that the cluster shall know. grants: a policy or a node identity, as PUT /v1/acl/token takes it."""
 
     secret: str
     name: str
-    node: bool = False
+    grants: dict[str, Any]
 
-    def payload(self, datacenter: str) -> dict[str, Any]:
-        """As PUT /v1/acl/token takes it."""
-        if self.node:
-            may = {"NodeIdentities": [{"NodeName": self.name, "Datacenter": datacenter}]}
-        else:
-            may = {"Policies": [{"Name": f"{PREFIX}{self.name}"}]}
-        return {"SecretID": self.secret, "Description": f"{PREFIX}{self.name}", **may}
+    def payload(self) -> dict[str, Any]:
+        """The body of PUT /v1/acl/token."""
+        return {"SecretID": self.secret, "Description": f"{PREFIX}{self.name}", **self.grants}
 
 
 def tokens(data: HostData) -> list[Token]:
     """All that the cluster shall know."""
     where = secrets.folder(data)
-    users = [Token(secrets.token(where, f"consul-{name}"), name) for name in policies(data)]
-    agents = [Token(secrets.agent_token(where, one.name), one.name, node=True) for one in inventory]
-    return users + agents
+    return [
+        _with_policy(where, "bootstrap", "global-management"),
+        *(_with_policy(where, name, f"{PREFIX}{name}") for name in policies(data)),
+        *(_of_agent(where, member) for member in inventory),
+    ]
+
+
+def _with_policy(where: Path, name: str, policy: str) -> Token:
+    return Token(secrets.token(where, f"consul-{name}"), name, {"Policies": [{"Name": policy}]})
+
+
+def _of_agent(where: Path, member: Host) -> Token:
+    """Its node identity: it may register itself under its own name, and read the catalogue."""
+    identity = {"NodeName": member.name, "Datacenter": member.data.consul_datacenter}
+    return Token(secrets.agent_token(where, member.name), member.name, {"NodeIdentities": [identity]})
 
 
 @deploy("Consul")
@@ -152,7 +161,7 @@ def _changes(api: Consul, data: HostData) -> list[Callable[[], object]]:
             changes.append(partial(api.acl.policy.update, ids[policy], policy, rules=rules))
     for token in tokens(data):
         if token.secret not in known:
-            changes.append(partial(api.acl.tokens.create, token.payload(data.consul_datacenter)))
+            changes.append(partial(api.acl.tokens.create, token.payload()))
     return changes
 
 
@@ -169,3 +178,32 @@ def _wake(member: Host) -> None:
         # python-consul2 has no call for it.
         body = json.dumps({"Token": token})
         api.http.put(lambda answer: answer, path="/v1/agent/token/agent", data=body)
+
+
+# The end of a rotation
+
+
+@operation()
+def forget_old_tokens() -> Generator[FunctionCommand]:
+    """Delete what is not to be known any more: when every host has the next ones. One host does it."""
+    yield FunctionCommand(_forget, (), {})
+
+
+def _forget(state: State, host: Host) -> bool:
+    """Resumable: the next bootstrap token becomes the current one when nothing is left to be done."""
+    where = secrets.folder(host.data)
+    wanted = {token.secret for token in tokens(host.data)}
+    try:
+        with consul_api(host, secrets.token(where, "consul-bootstrap")) as api:
+            for token in api.acl.tokens.list():
+                if _ours(token["Description"]) and token["SecretID"] not in wanted:
+                    api.acl.tokens.delete(token["AccessorID"])
+    except Unavailable as error:
+        logger.error(f"{host.print_prefix}Consul: {error or type(error).__name__}; run rotate.py again")
+        return False
+    secrets.finish(where, [name for name in secrets.WANTED if name.startswith("token-consul-")])
+    return True
+
+
+def _ours(description: str) -> bool:
+    return description.startswith(PREFIX) or description == "Initial Management Token"

@@ -54,6 +54,11 @@ def _ca() -> list[config.File]:
     return [config.File(certificates.CA_FILE, certificates.ca(secrets.folder(host.data)))]
 
 
+def trust(pem: str) -> None:
+    """While the CA is changed."""
+    config.write(name="Write which CA the host trusts", files=[config.File(certificates.CA_FILE, pem)])
+
+
 @deploy("Base")
 def configure() -> None:
     settings = "".join(f"{key} = {value}\n" for key, value in host.data.base_sysctl.items())

@@ -68,14 +68,35 @@ def ca(where: Path) -> str:
     return secrets.read(where, "ca.pem") + "\n"
 
 
+# The CA's rotation (rotate.py): all trust both, all get certificates of the next, all trust that alone.
+
+
+def begin_rotation(where: Path) -> None:
+    """Make the next CA where that is not done yet, and trust it beside the current one."""
+    if not (where / "ca.key").exists():
+        raise secrets.Missing(f"{where / 'ca.key'} is missing: certificates of your own are yours to replace")
+    key, pem = f"ca.key{secrets.NEXT}", f"ca.pem{secrets.NEXT}"
+    if not (where / pem).exists():
+        secrets.write(where, key, new_key())
+        secrets.write(where, pem, new_ca(secrets.read(where, key)))
+    if next_ca(where) not in ca(where):
+        secrets.write(where, "ca.pem", ca(where) + next_ca(where))
+
+
+def next_ca(where: Path) -> str:
+    """What every host trusts at the end."""
+    return secrets.read(where, f"ca.pem{secrets.NEXT}") + "\n"
+
+
 def certificate(member: Host, role: str) -> Pair:
     """The certificate of a host. role: consul, nomad, registry or haproxy."""
     return issued(secrets.folder(member.data), f"hosts/{member.name}/{role}", profile(member, role))
 
 
 def operator(where: Path) -> Pair:
-    """The controller's own: good for a client only."""
-    return issued(where, "operator", Profile(("operator",), usages=(CLIENT,)))
+    """The controller's own: good for a client only. The hosts do not trust the next CA at once."""
+    current = secrets.read(where, "ca.key") if (where / "ca.key").exists() else None
+    return issued(where, "operator", Profile(("operator",), usages=(CLIENT,)), current)
 
 
 def profile(member: Host, role: str) -> Profile:
@@ -92,11 +113,11 @@ def profile(member: Host, role: str) -> Profile:
     return Profile((name, "localhost", member.name), tuple(addresses), usages)
 
 
-def issued(where: Path, name: str, profile: Profile) -> Pair:
+def issued(where: Path, name: str, profile: Profile, ca_key: str | None = None) -> Pair:
     """The pair <name>.pem and <name>.key, made or renewed if it has to be. Raises secrets.Missing."""
     if not (where / "ca.key").exists() and "ca.key" not in secrets.made(where):
         return _read(where, name)
-    signer, key = _signer(where)
+    signer, key = _signer(where, ca_key or secrets.coming(where, "ca.key"))
     if not _holds(where, name, profile, signer):
         fresh = new_key()  # the key first: a pair that does not match is made anew
         secrets.write(where, f"{name}.key", fresh)
@@ -148,8 +169,8 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-def _signer(where: Path) -> tuple[x509.Certificate, PrivateKey]:
-    key = _load(secrets.read(where, "ca.key"))
+def _signer(where: Path, ca_key: str) -> tuple[x509.Certificate, PrivateKey]:
+    key = _load(ca_key)
     for one in x509.load_pem_x509_certificates(ca(where).encode()):
         if one.public_key() == key.public_key():
             return one, key

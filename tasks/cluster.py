@@ -126,10 +126,10 @@ def act_as(role: str, data: HostData) -> None:
     if data.secure:
         where = secrets.folder(data)
         certificates.operator(where)
-        secrets.token(where, consul_token())
+        secrets.own_token(where, _consul_token())
 
 
-def consul_token() -> str:
+def _consul_token() -> str:
     """The name of this run's token in Consul, where the operator's is the bootstrap token."""
     return "consul-bootstrap" if _role == "operator" else f"consul-{_role}"
 
@@ -145,8 +145,8 @@ def _tls(data: HostData) -> dict[str, Any]:
 
 
 @contextmanager
-def consul_api(host: Host) -> Iterator[consul.Consul]:
-    """python-consul2 against the agent on `host`."""
+def consul_api(host: Host, token: str = "") -> Iterator[consul.Consul]:
+    """python-consul2 against the agent on `host`, with the token of this run's role or another one."""
     data = host.data
     port = data.consul_https_port if data.secure else data.consul_http_port
     with forward(host, port, data.consul_http_address) as local, http_session() as web:
@@ -159,7 +159,7 @@ def consul_api(host: Host) -> Iterator[consul.Consul]:
         client.http.session = web
         if data.secure:
             # Not the client's own `token`: calls through client.http would go without.
-            web.headers["X-Consul-Token"] = secrets.token(secrets.folder(data), consul_token())
+            web.headers["X-Consul-Token"] = token or secrets.own_token(secrets.folder(data), _consul_token())
         yield client
 
 

@@ -66,15 +66,16 @@ def write(files: list[File]) -> Generator[StringCommand]:
     if not differing:
         host.noop("all files are as they should be")
     for file in differing:
-        yield StringCommand(_replace(file), _stdin=file.text)
+        yield replace(file)
 
 
-def _replace(file: File) -> str:
+def replace(file: File) -> StringCommand:
     """Its time is that of the rename: a service that started meanwhile has not read it."""
     new = f"{file.dest}.new"
-    return (
+    return StringCommand(
         f"mkdir -p {PurePosixPath(file.dest).parent} && install -m 600 /dev/null {new} && cat > {new}"
-        f" && chown {file.owner} {new} && chmod {file.mode} {new} && touch {new} && mv -T {new} {file.dest}"
+        f" && chown {file.owner} {new} && chmod {file.mode} {new} && touch {new} && mv -T {new} {file.dest}",
+        _stdin=file.text,
     )
 
 

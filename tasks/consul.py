@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
-from pyinfra import host, inventory
-from pyinfra.api import deploy
+from consul import ConsulException
+from pyinfra import host, inventory, logger
+from pyinfra.api import FunctionCommand, deploy, operation
 from pyinfra.api.host import Host
+from pyinfra.api.state import State
 
 from tasks import artifact, certificates, config, quorum, rolling, secrets
-from tasks.cluster import consul_api
+from tasks.cluster import Unavailable, consul_api, wait_until
 
 CONFIG = "/etc/consul.d/consul.hcl"
 SECRETS = "/etc/consul.d/secrets.hcl"
@@ -42,6 +44,13 @@ def install() -> None:
             *(_secret_files() if host.data.secure else []),
         ],
     )
+
+
+@deploy("Consul")
+def renew() -> None:
+    """Give the agent its keys, tokens and certificates as they now are, and have it read them."""
+    config.write(name="Write Consul's keys, tokens and certificates", files=_secret_files())
+    start()
 
 
 def _secret_files() -> list[config.File]:
@@ -170,3 +179,76 @@ def _recovery(member: Host) -> Callable[[], str | None]:
 
 
 SERVICE = rolling.Service(unit="consul", files=FILES, rank=QUORUM.rank, gate=_gate, recovery=_recovery)
+
+
+# The gossip key's rotation, with the keyring API: python-consul2 has no calls for it.
+
+KEYRING = "/v1/operator/keyring"
+KEYRING_S = 30
+
+
+@operation()
+def use_next_gossip_key() -> Generator[FunctionCommand]:
+    """Every member learns the next key, then all encrypt with it; they still understand the one before."""
+    yield FunctionCommand(_use_next_gossip_key, (), {})
+
+
+def _use_next_gossip_key(state: State, host: Host) -> bool:
+    key = secrets.gossip_key(secrets.folder(host.data), "consul")
+    return _keyring(host, "post", key, "Keys") and _keyring(host, "put", key, "PrimaryKeys")
+
+
+@operation()
+def forget_old_gossip_keys() -> Generator[FunctionCommand]:
+    """Then the next key becomes the current one."""
+    yield FunctionCommand(_forget_old_gossip_keys, (), {})
+
+
+def _forget_old_gossip_keys(state: State, host: Host) -> bool:
+    where = secrets.folder(host.data)
+    key = secrets.gossip_key(where, "consul")
+    try:
+        old = {one for ring in _rings(host) for one in ring["Keys"]} - {key}
+    except Unavailable as error:
+        return _failed(host, f"{error or type(error).__name__}")
+    done = all(_keyring(host, "delete", one) for one in old)
+    if done:
+        secrets.finish(where, ["gossip-consul"])
+    return done
+
+
+def _keyring(host: Host, method: str, key: str, known_as: str = "") -> bool:
+    """Change the key ring of all members, and see that each of them has done so."""
+    try:
+        with consul_api(host) as api:
+            # Consul answers 500 and says why when one member does not follow.
+            getattr(api.http, method)(_raise_unless_ok, path=KEYRING, data=json.dumps({"Key": key}))
+        fault = wait_until(
+            "all members", lambda: _unaware(host, key, known_as) if known_as else None, KEYRING_S
+        )
+    except Unavailable as error:
+        fault = f"{error or type(error).__name__}"
+    return _failed(host, fault) if fault else True
+
+
+def _raise_unless_ok(answer: Any) -> None:  # noqa: ANN401 - python-consul2's own
+    if answer.code != 200:
+        raise ConsulException(answer.body)
+
+
+def _unaware(host: Host, key: str, known_as: str) -> str | None:
+    """How many members do not have the key; known_as: Keys or PrimaryKeys."""
+    left = sum(ring["NumNodes"] - ring[known_as].get(key, 0) for ring in _rings(host))
+    return f"{left} without the next gossip key" if left else None
+
+
+def _rings(host: Host) -> list[dict[str, Any]]:
+    """One of the LAN, one of the servers' WAN pool."""
+    with consul_api(host) as api:
+        rings: list[dict[str, Any]] = api.http.get(lambda answer: json.loads(answer.body), path=KEYRING)
+        return rings
+
+
+def _failed(host: Host, fault: str) -> bool:
+    logger.error(f"{host.print_prefix}Consul's key ring: {fault}; repair that and run rotate.py again")
+    return False

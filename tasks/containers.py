@@ -21,7 +21,7 @@ from typing import Any
 import gevent  # type: ignore[import-untyped]
 from paramiko import SSHException
 from pyinfra import host, logger
-from pyinfra.api import DeployError, FactBase, FunctionCommand, deploy, operation
+from pyinfra.api import DeployError, FactBase, FunctionCommand, StringCommand, deploy, operation
 from pyinfra.api.host import Host, HostData
 from pyinfra.api.state import State
 from pyinfra.operations import systemd
@@ -498,6 +498,19 @@ def _run(member: Host, command: str, stdin: str | None = None, timeout_s: int = 
 
 def _say(member: Host, line: str) -> None:
     logger.info(f"{member.print_prefix}{line}")
+
+
+@operation()
+def renew_service_file() -> Generator[StringCommand | str]:
+    """Give what serves on this worker to Consul again, with the token that it now has."""
+    found = "\n".join(_service_lines(host))
+    services = [service | _token(host.data) for service in json.loads(found or "{}").get("services", [])]
+    text = json.dumps({"services": services}, indent=2)
+    if not services or text == found:
+        host.noop("its token is current")
+        return
+    yield config.replace(config.File(SERVICE_FILE, f"{text}\n", mode="600", owner="consul:consul"))
+    yield "systemctl reload consul"
 
 
 # Around a restart of Docker

@@ -60,7 +60,12 @@ def _certificate() -> list[config.File]:
 @deploy("Nomad")
 def start() -> None:
     """Start what is stopped on all hosts at once: a first start, or a repair. Needs no gate."""
-    rolling.start_if_stopped(name="Start Nomad where it is stopped", unit="nomad", files=FILES)
+    rolling.start_if_stopped(
+        name="Start Nomad where it is stopped, show it new certificates",
+        unit="nomad",
+        files=FILES,
+        reload=[CERT, KEY, certificates.CA_FILE] if host.data.secure else [],
+    )
 
 
 @deploy("Nomad")

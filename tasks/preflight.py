@@ -126,6 +126,8 @@ def make_secrets() -> None:
     where = secrets.folder(host.data)
     secrets.make(where)
     certificates.make(where)
+    if unfinished := secrets.unfinished(where):
+        raise DeployError(f"a rotation of {', '.join(unfinished)} was cut off: run rotate.py again to end it")
     certificates.operator(where)
 
 

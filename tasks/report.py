@@ -9,6 +9,7 @@ from tasks import history, serving
 
 Found = dict[str, Any]
 DEPLOY = "run deploy.py"
+RENEW_DAYS = 30  # deploy.py renews a certificate long before
 LOOK = "if it stays, look at journalctl -u {unit} there"
 
 
@@ -17,7 +18,7 @@ LOOK = "if it stays, look at journalctl -u {unit} there"
 
 def faults(found: Found) -> list[str]:
     """Empty if all is healthy."""
-    judges = [_hosts, _tools, _consul, _nomad, _app, _proxies, _registries, _releases]
+    judges = [_hosts, _tools, _certificates, _consul, _nomad, _app, _proxies, _registries, _releases]
     return [line for judge in judges for line in judge(found)]
 
 
@@ -36,6 +37,15 @@ def _tools(found: Found) -> Iterable[str]:
                 yield f"{name}: {tool} does not run; {DEPLOY}"
             elif version["running"] != version["installed"]:
                 yield f"{name}: {tool} {version['running']} runs, not {version['installed']}; {DEPLOY}"
+
+
+def _certificates(found: Found) -> Iterable[str]:
+    for name, host in found["hosts"].items():
+        for whose, days in (host.get("certificates") or {}).items():
+            if days < RENEW_DAYS:
+                ends = f"ends in {days} days" if days >= 0 else "has ended"
+                how = "pyinfra inventory.py rotate.py --data what=ca" if whose == "CA" else DEPLOY
+                yield f"{name}: the certificate of {whose} {ends}; {how}"
 
 
 def _consul(found: Found) -> Iterable[str]:
@@ -190,7 +200,7 @@ def table(found: Found, wrong: list[str]) -> str:
         ("rollback", [[v, digest[:19]] for v, digest in candidates(found).items()] or [["nothing held"]]),
         ("releases", _release_rows(found)),
         ("lock", [[_lock_line(found["releases"].get("lock"))]]),
-        ("certificates", [["none yet: nothing is encrypted"]]),
+        ("certificates", _certificate_rows(found)),
         ("wrong", [[line] for line in wrong] or [["nothing: all is healthy"]]),
     ]
     return "\n".join(_section(name, rows) for name, rows in sections)
@@ -219,6 +229,16 @@ def _host_line(host: Found) -> str:
         f"{tool} {version['running'] or 'stopped'}{' (local build, unsigned)' if version['unsigned'] else ''}"
         for tool, version in host["tools"].items()
     )
+
+
+def _certificate_rows(found: Found) -> list[list[str]]:
+    """The days that each has left."""
+    rows = [
+        [name, ", ".join(f"{whose} {days} days" for whose, days in host["certificates"].items())]
+        for name, host in found["hosts"].items()
+        if host.get("certificates")
+    ]
+    return rows or [["NONE: secure = False, nothing is encrypted"]]
 
 
 def _leader_rows(found: Found) -> list[list[str]]:

@@ -13,7 +13,7 @@ import hmac
 import os
 import secrets
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from pyinfra.api.host import HostData
 
 ROOT = Path(__file__).resolve().parent.parent
 MADE = "made"
+NEXT = ".next"  # ends the name of what is about to replace a file; see rotate.py
 
 
 class Missing(DeployError):
@@ -79,24 +80,59 @@ def make_once(where: Path, wanted: Mapping[str, Callable[[], str]]) -> None:
 
 
 def gossip_key(where: Path, tool: str) -> str:
-    """tool: consul or nomad. 32 bytes, base64."""
-    return read(where, f"gossip-{tool}")
+    """For a host. tool: consul or nomad. 32 bytes, base64."""
+    return coming(where, f"gossip-{tool}")
 
 
 def token(where: Path, name: str) -> str:
-    """A UUID. name: as in WANTED, such as "consul-status"."""
+    """For a host: a UUID. name: as in WANTED, such as "consul-dns". The controller's own: `own_token`."""
+    return coming(where, f"token-{name}")
+
+
+def own_token(where: Path, name: str) -> str:
+    """What the controller itself shows; until the end of a rotation that is the one before."""
     return read(where, f"token-{name}")
 
 
-def agent_token(where: Path, node: str) -> str:
+def agent_token(where: Path, node: str, key: str = "") -> str:
     """The token of the Consul agent on `node`: a UUID of its own, derived, so that hosts may come and go."""
-    key = token(where, "consul-agent").encode()
-    return str(uuid.UUID(bytes=hmac.new(key, node.encode(), hashlib.sha256).digest()[:16], version=4))
+    key = key or token(where, "consul-agent")
+    digest = hmac.new(key.encode(), node.encode(), hashlib.sha256).digest()
+    return str(uuid.UUID(bytes=digest[:16], version=4))
 
 
 def password(where: Path, name: str) -> str:
     """name: registry."""
     return read(where, f"password-{name}")
+
+
+# A rotation: the next ones are made, the cluster learns them beside the current ones, the hosts get them,
+# they become the current ones. Whatever ends a run, the next rotate.py goes on with the same ones.
+
+
+def begin(where: Path, names: Iterable[str]) -> None:
+    """Make the next one of each, where that is not done yet."""
+    with _locked(where):
+        for name in names:
+            if not (where / f"{name}{NEXT}").exists():
+                write(where, f"{name}{NEXT}", WANTED[name]())
+
+
+def coming(where: Path, name: str) -> str:
+    """What the hosts shall hold: the next one where there is one. Raises Missing."""
+    return read(where, f"{name}{NEXT}" if (where / f"{name}{NEXT}").exists() else name)
+
+
+def finish(where: Path, names: Iterable[str]) -> None:
+    """The next ones become the current ones."""
+    for name in names:
+        if (where / f"{name}{NEXT}").exists():
+            (where / f"{name}{NEXT}").rename(where / name)
+
+
+def unfinished(where: Path) -> list[str]:
+    """What a rotation that was cut off has left to be done."""
+    return sorted(file.name.removesuffix(NEXT) for file in where.glob(f"*{NEXT}"))
 
 
 def read(where: Path, name: str) -> str:

@@ -15,6 +15,7 @@ from pyinfra.api.host import Host
 
 from tasks import (
     artifact,
+    certificates,
     consul,
     distribute,
     haproxy,
@@ -32,6 +33,8 @@ from tasks.cluster import Unavailable, consul_api, nomad_api
 
 Found = dict[str, Any]
 Answer = TypeVar("Answer")
+# Whose certificate -> where it lies on a host that has it.
+CERTIFICATES = {"CA": certificates.CA_FILE, "consul": consul.CERTIFICATE, "nomad": nomad.CERT}
 SILENT_S = 5  # a host that takes longer to answer counts as silent
 _LOST = (*Unavailable, EOFError, ValueError, gevent.Timeout)
 
@@ -101,9 +104,23 @@ def _host(member: Host) -> Found:
             for tool, now in fact.process(output.stdout_lines).items()
             if now.installed
         }
+        found["certificates"] = _certificates(member)
     if found["reached"] and "workers" in member.groups:
         found["images"] = {version: image.digest for version, image in held.images(member).items()}
     return found
+
+
+def _certificates(member: Host) -> Found | None:
+    """Whose certificate -> whole days that it has left; None without security."""
+    if not member.data.secure:
+        return None
+    # What is before a certificate may be its key.
+    show = "test ! -f $f || { echo file $f; sed -n '/BEGIN CERT/,/END CERT/p' $f; }"
+    _, output = shell.run(member, f"for f in {' '.join(CERTIFICATES.values())}; do {show}; done")
+    files = dict(part.split("\n", 1) for part in output.stdout.split("file ") if "BEGIN" in part)
+    return {
+        whose: certificates.days_left(files[path]) for whose, path in CERTIFICATES.items() if path in files
+    }
 
 
 def _consul(member: Host) -> Found:

@@ -26,6 +26,7 @@ def healthy() -> dict[str, Any]:
             "reached": True,
             "tools": tools("consul", "nomad"),
             "images": dict(DIGESTS),
+            "certificates": {"CA": 3649, "consul": 364, "nomad": 364},
         }
         for name, address in WORKERS.items()
     }
@@ -34,6 +35,7 @@ def healthy() -> dict[str, Any]:
         "groups": ["proxies"],
         "reached": True,
         "tools": tools("consul", "consul-template"),
+        "certificates": {"CA": 3649, "consul": 364},
     }
     instances = [
         {"node": name, "version": "0.0.3", "address": address, "port": 20001, "sick": ""}
@@ -110,6 +112,13 @@ SICK: list[tuple[str, object, str]] = [
     ("hosts__worker_02", {"fault": "no answer in 5 s"}, "worker-02: no answer in 5 s"),
     ("hosts__worker_02__tools__nomad__running", "", "worker-02: nomad does not run"),
     ("hosts__worker_02__tools__nomad__running", "0.9.0", "worker-02: nomad 0.9.0 runs, not 1.0.0"),
+    (
+        "hosts__worker_02__certificates__nomad",
+        29,
+        "worker-02: the certificate of nomad ends in 29 days; run deploy.py",
+    ),
+    ("hosts__worker_02__certificates__consul", -1, "worker-02: the certificate of consul has ended"),
+    ("hosts__worker_02__certificates__CA", 9, "worker-02: the certificate of CA ends in 9 days; pyinfra"),
     ("consul", {"fault": "connection refused"}, "Consul: connection refused"),
     ("consul__leader", "", "Consul: no leader"),
     ("consul__servers", THIRD_SICK, "worker-03: no healthy voter in Consul"),
@@ -210,3 +219,14 @@ def test_the_holder_of_the_shared_address_is_shown() -> None:
     found = changed(proxies__proxy_01__vip=VIP)
     assert report.faults(found) == []
     assert "holds 192.168.56.20" in report.table(found, [])
+
+
+def test_the_days_left_are_shown() -> None:
+    assert "worker-02  CA 3649 days, consul 364 days, nomad 364 days" in report.table(healthy(), [])
+
+
+def test_without_security_it_says_so() -> None:
+    found = healthy()
+    for host in found["hosts"].values():
+        host["certificates"] = None
+    assert "NONE: secure = False, nothing is encrypted" in report.table(found, [])
