@@ -19,6 +19,8 @@ from tasks.consul import passing_checks, still_failing
 CONFIG = "/etc/nomad.d/nomad.hcl"
 CERT, KEY = "/etc/nomad.d/nomad.pem", "/etc/nomad.d/nomad.key"
 UNIT = "/etc/systemd/system/nomad.service"
+# Apart, since a change of it needs no restart: the key ring that a server keeps goes before it.
+GOSSIP = "/etc/nomad.d/gossip.hcl"
 FILES = [CONFIG, UNIT, "/usr/local/bin/nomad"]
 JOIN_S = 4.0  # an election takes 1.5 s on the lab, a registration 0.2 s
 
@@ -31,7 +33,7 @@ def install() -> None:
         files=[
             config.File(CONFIG, _configuration(), mode="600"),
             config.File(UNIT, config.render("nomad/nomad.service")),
-            *_certificate(),
+            *(_secret_files() if host.data.secure else []),
         ],
     )
 
@@ -45,16 +47,17 @@ def _configuration() -> str:
         ca=certificates.CA_FILE,
         cert=CERT,
         key=KEY,
-        gossip_key=secure and secrets.gossip_key(where, "nomad"),
         consul_token=secure and secrets.token(where, "consul-nomad"),
     )
 
 
-def _certificate() -> list[config.File]:
-    if not host.data.secure:
-        return []
+def _secret_files() -> list[config.File]:
     pair = certificates.certificate(host, "nomad")
-    return [config.File(CERT, pair.pem), config.File(KEY, pair.key, mode="600")]
+    files = {CERT: pair.pem, KEY: pair.key}
+    if "servers" in host.groups:
+        key = secrets.gossip_key(secrets.folder(host.data), "nomad")
+        files[GOSSIP] = f'server {{ encrypt = "{key}" }}\n'
+    return [config.File(path, text, mode="600") for path, text in files.items()]
 
 
 @deploy("Nomad")

@@ -161,7 +161,8 @@ def _registries(found: Found) -> Iterable[str]:
             yield f"{name}: its registry does not answer ({registry['fault']}); {DEPLOY}"
         elif not _under_way(found):
             for version in sorted(running - registry["digests"].keys()):
-                yield f"{name}: its registry lacks {version}, and fetches it within minutes; {LOOK.format(unit='registry-sync')}"
+                look = LOOK.format(unit="registry-sync")
+                yield f"{name}: its registry lacks {version}, and fetches it within minutes; {look}"
 
 
 def _releases(found: Found) -> Iterable[str]:
