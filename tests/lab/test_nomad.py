@@ -134,6 +134,10 @@ def test_docker_tasks_get_no_power_over_the_host(docker_plugin: dict[str, Any], 
     assert docker_plugin[setting] in (False, [], {"enabled": False, "selinuxlabel": None})
 
 
+def test_containers_have_a_limit_of_processes(docker_plugin: dict[str, Any]) -> None:
+    assert docker_plugin["pids_limit"] == knobs.nomad_pids_limit
+
+
 @pytest.mark.parametrize("feature", ["driver.docker.privileged.enabled", "driver.docker.volumes.enabled"])
 def test_servers_place_no_powerful_task_here(node: dict[str, Any], feature: str) -> None:
     assert feature not in node["Attributes"]
