@@ -75,7 +75,7 @@ class Watch:
 
     def _start(self, host: str, script: str) -> None:
         loop = subprocess.Popen(
-            ["ssh", "-F", str(hosts.SSH_CONFIG), host, f"bash -c {shlex.quote(script)}"],
+            ["ssh", "-F", str(hosts.SSH_CONFIG), host, f"sudo bash -c {shlex.quote(script)}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
