@@ -123,10 +123,11 @@ def _plain(member: Host) -> bool:
 def _restart_together(state: State, host: Host, members: list[Host]) -> bool:
     names = ", ".join(member.name for member in members)
     logger.warning(f"Nomad becomes encrypted: it restarts together on {names}, once; what it runs goes on")
-    absent = [m.name for m in inventory.get_group("servers") if m not in rolling.members("servers")]
+    workers = rolling.members("workers")
+    absent = ", ".join(worker.name for worker in inventory.get_group("workers") if worker not in workers)
     fault = lock.fault()
     if absent:
-        fault = f"take {', '.join(absent)} in: without encryption it could not talk to the others"
+        fault = f"{absent}: not in this run, and could not talk to the others any more; take it in"
     if not fault:
         restarts = [gevent.spawn(rolling.run, member, "nomad") for member in members]
         gevent.joinall(restarts)
@@ -146,18 +147,16 @@ def give_rights() -> Generator[FunctionCommand]:
 
 
 def _give_rights(state: State, host: Host) -> bool:
+    """A new leader refuses for some moments; a wrong token is refused for ever."""
+    answer: list[str | None] = []
     deadline_s = float(host.data.roll_deadline_s)
-    refused: list[str] = []
-
-    def granted() -> str | None:
-        """A new leader refuses for some moments; a wrong token is refused for ever."""
-        refused[:] = filter(None, [nomad_acl.grant()])
-        return None
-
-    fault = wait_until("Nomad's first leader", granted, deadline_s, logger.info) or "".join(refused)
+    silent = wait_until(
+        "Nomad's first leader", lambda: answer.append(nomad_acl.grant()), deadline_s, logger.info
+    )
+    fault = f"{silent}; see journalctl -u nomad there" if silent else answer[0]
     if fault:
-        logger.error(f"{host.print_prefix}Nomad: {fault}; see journalctl -u nomad there")
-    return not fault
+        logger.error(f"{host.print_prefix}Nomad: {fault}")
+    return fault is None
 
 
 def _other_min_quorum() -> str | None:

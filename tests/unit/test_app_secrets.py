@@ -41,6 +41,12 @@ def test_only_those_that_are_named_are_given(data: HostData) -> None:
     assert app_secrets.environment(data) == app_secrets.values(data)
 
 
+def test_the_command_line_names_them_with_commas(data: HostData) -> None:
+    listed = app_secrets.stamp(data)
+    data.app_secrets = "KEY,OTHER"
+    assert app_secrets.stamp(data) == listed
+
+
 def test_as_a_file_they_are_not_in_the_environment(data: HostData) -> None:
     data.app_secrets_as = "file"
     assert app_secrets.environment(data) == {}
