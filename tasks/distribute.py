@@ -63,8 +63,11 @@ def digest(member: Host, version: str) -> str | None:
 
 
 def held_at(address: str, digest: str, member: Host) -> bool:
-    """Whether the registry of a worker outside this run has it; `member` is the one that asks."""
-    return _get(member, f"manifests/{digest}", address) is not None
+    """Whether the registry of a worker outside this run answers and has it; `member` is who asks."""
+    try:
+        return _get(member, f"manifests/{digest}", address) is not None
+    except cluster.Unavailable:
+        return False
 
 
 def catalogue(member: Host) -> dict[str, str]:

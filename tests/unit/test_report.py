@@ -181,6 +181,10 @@ def test_rollback_is_to_what_served_and_all_workers_hold() -> None:
     assert report.candidates(changed(hosts__worker_02__images={"0.0.3": "sha256:three"})) == {}
     lost_trail = changed(releases__history=[])
     assert report.candidates(lost_trail) == {"0.0.2": "sha256:two"}
+    by_docker = {**lost_trail, "nomad": None}
+    assert report.candidates(by_docker) == {}
+    by_docker["hosts"]["worker-02"]["containers"] = ["0.0.3", "0.0.2"]
+    assert report.candidates(by_docker) == {"0.0.2": "sha256:two"}
 
 
 def test_everything_down_is_still_a_table() -> None:
