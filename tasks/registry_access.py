@@ -22,7 +22,8 @@ from tasks import certificates, config, secrets
 USER = "hashistack"
 SERVER = "/etc/hashistack/registry-tls"  # what a registry reads
 CLIENT = "/etc/hashistack/registry"  # for Docker's --config and skopeo's --authfile and --cert-dir
-READS_AT_START = [f"{SERVER}/{name}" for name in ("registry.pem", "registry.key", "htpasswd")]
+CERTIFICATE = f"{SERVER}/registry.pem"
+READS_AT_START = [CERTIFICATE, f"{SERVER}/registry.key", f"{SERVER}/htpasswd"]
 READ_ONLY = {"REGISTRY_STORAGE_MAINTENANCE_READONLY": "{enabled: true}"}
 
 

@@ -26,6 +26,7 @@ from tasks import (
     lock,
     nomad,
     nomad_job,
+    registry_access,
     serving,
     shell,
     vip,
@@ -35,7 +36,13 @@ from tasks.cluster import Unavailable, consul_api, nomad_api
 Found = dict[str, Any]
 Answer = TypeVar("Answer")
 # Whose certificate -> where it lies on a host that has it.
-CERTIFICATES = {"CA": certificates.CA_FILE, "consul": consul.CERTIFICATE, "nomad": nomad.CERT}
+CERTIFICATES = {
+    "CA": certificates.CA_FILE,
+    "consul": consul.CERTIFICATE,
+    "nomad": nomad.CERT,
+    "registry": registry_access.CERTIFICATE,
+    "haproxy": haproxy.CERTIFICATE,
+}
 SILENT_S = 5  # a host that takes longer to answer counts as silent
 _LOST = (*Unavailable, containers.Failed, containers.Lost, EOFError, ValueError, gevent.Timeout)
 

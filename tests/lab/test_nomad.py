@@ -147,8 +147,8 @@ def test_old_images_stay_for_a_rollback(docker_plugin: dict[str, Any]) -> None:
     assert docker_plugin["gc"]["image_delay"] == knobs.nomad_image_delay
 
 
-def test_registrys_volume_is_the_only_one(node: dict[str, Any]) -> None:
-    assert set(node["HostVolumes"]) == {"registry"}
+def test_registrys_volumes_are_the_only_ones(node: dict[str, Any]) -> None:
+    assert set(node["HostVolumes"]) == {"registry", "registry-tls"}
 
 
 def test_docker_is_the_only_driver(node: dict[str, Any]) -> None:

@@ -9,11 +9,13 @@ import pytest
 from testinfra.host import Host
 
 from group_data import all as knobs
+from tasks import registry_access
 from tests.lab import hosts
 
 testinfra_hosts = hosts.testinfra("workers")
 
 WORKERS = hosts.names("workers")
+TLS = f"--authfile={registry_access.CLIENT}/config.json --cert-dir={registry_access.CLIENT}"
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,8 @@ def test_holds_the_image_that_serves(host: Host, digest: str, where: str) -> Non
     """At both addresses, on every worker, the same bytes: the digest is their sum."""
     address = "127.0.0.1" if where == "loopback" else hosts.address_of(host)
     image = f"docker://{address}:{knobs.registry_port}/{knobs.app_name}:{hosts.running_version()}"
-    manifest = host.check_output("skopeo inspect --raw --tls-verify=false %s | sha256sum", image)
+    access = TLS if where == "private" and hosts.knob("secure") else "--tls-verify=false"
+    manifest = host.check_output(f"skopeo inspect --raw {access} {image} | sha256sum")
     assert f"sha256:{manifest.split()[0]}" == digest
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from group_data import all as knobs
+from tasks import registry_access
 from tests.lab import hosts, outside
 from tests.load import Load
 
@@ -60,6 +62,75 @@ def ssh_answers(host: str) -> bool:
     alone = ["-o", "ControlPath=none", "-o", "ConnectTimeout=2"]
     done = subprocess.run(["ssh", "-F", str(hosts.SSH_CONFIG), *alone, host, "true"], capture_output=True)
     return done.returncode == 0
+
+
+@pytest.mark.parametrize("path", ["/", "/v2/"])
+def test_a_push_to_the_registry_that_docker_reads_is_refused(path: str) -> None:
+    """It reads without TLS or a password, and nothing more."""
+    begin = f"{path}{knobs.app_name}/blobs/uploads/" if path == "/v2/" else path
+    request = rf"POST {begin} HTTP/1.0\r\nContent-Length: 0\r\n\r\n"
+    at = f"/dev/tcp/127.0.0.1/{knobs.registry_port}"
+    answer = hosts.on(WORKER, f"exec 3<>{at}; printf '{request}' >&3; head -n 1 <&3")
+    assert answer.split()[1] == ("405" if path == "/v2/" else "200")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ("--tls-verify=false --no-creds", "unauthorized|authentication required"),
+        (
+            f"--cert-dir={registry_access.CLIENT} --creds=hashistack:guess",
+            "unauthorized|authentication required",
+        ),
+        (f"--authfile={registry_access.CLIENT}/config.json", "certificate signed by unknown authority"),
+    ],
+    ids=["nobody", "wrong password", "unknown CA"],
+)
+def test_the_registry_that_takes_pushes_asks_who_comes(arguments: str, why: str) -> None:
+    image = f"docker://{ADDRESSES[WORKER]}:{knobs.registry_port}/{knobs.app_name}:{hosts.running_version()}"
+    # Not from its own host, where Docker's folder of certificates is found by skopeo, too.
+    asker = hosts.names("workers")[1]
+    answer = hosts.on(asker, f"skopeo inspect --raw {arguments} {image} 2>&1", check=False)
+    assert re.search(why, answer), answer
+
+
+@pytest.mark.parametrize("unit", ["haproxy", "consul", "consul-template"])
+def test_unit_is_sandboxed(unit: str) -> None:
+    said = hosts.on(PROXY, f"systemd-analyze security --no-pager {unit} | tail -n 1")
+    assert float(re.findall(r"\d+\.\d+", said)[0]) <= 3.0
+
+
+def test_haproxy_runs_in_its_sandbox() -> None:
+    """From its first start: nobody restarts it for a new one."""
+    ask = "grep NoNewPrivs /proc/$(systemctl show -P MainPID haproxy)/status"
+    assert hosts.on(PROXY, ask).split() == ["NoNewPrivs:", "1"]
+
+
+@pytest.mark.parametrize("name", ADDRESSES)
+def test_no_secret_shows_on_a_host(name: str) -> None:
+    """In no process's arguments, journal, or file that others can read. It is looked for by its sum's
+    neighbours alone: the values go by standard input, into a file that only root reads."""
+    values = [hosts.settings.SECRETS / one for one in ("password-registry", "gossip-consul", "gossip-nomad")]
+    values += hosts.settings.SECRETS.glob("token-*")
+    patterns = "\n".join(file.read_text().strip() for file in values)
+    look = f"""
+        umask 077; cat >/run/patterns <<'EOF'\n{patterns}\nEOF
+        journalctl -q -o cat --no-pager | grep -cFf /run/patterns
+        cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' '\\n' | grep -cFf /run/patterns
+        find /etc /run /var/lib/consul /var/lib/nomad /var/lib/consul-template /home /tmp /var/tmp -xdev -type f \\
+            -perm /004 -size -1M -exec grep -lFf /run/patterns {{}} +
+        rm /run/patterns"""
+    assert hosts.on(name, look, check=False).split() == ["0", "0"]
+
+
+@pytest.mark.parametrize("package", knobs.base_upgrade_by_hand)
+def test_upgrades_come_by_themselves_but_not_for_what_restarts(package: str) -> None:
+    settings = hosts.on(PROXY, "apt-config dump")
+    assert 'APT::Periodic::Unattended-Upgrade "1"' in settings
+    assert f'Package-Blacklist:: "^{re.escape(package)}$"' in settings
+    assert re.findall(r'Origins-Pattern:: "(.*)"', settings) == [
+        "origin=Debian,codename=${distro_codename}-security,label=Debian-Security"
+    ]
 
 
 def test_rules_that_lock_us_out_are_taken_back_by_the_host_itself() -> None:

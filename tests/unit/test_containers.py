@@ -386,12 +386,21 @@ def test_line_break_in_the_environment_is_refused(workers: list[Worker]) -> None
     assert workers[0].runs() == ["0.0.2"]
 
 
-def test_registry_is_published_on_loopback_and_the_private_address_only() -> None:
-    arguments = containers.registry_arguments(Worker("worker-01", Clock()).data)  # type: ignore[arg-type]
-    assert [word for word in arguments if "publish" in word] == [
-        "--publish=127.0.0.1:5000:5000",
-        "--publish=192.168.56.11:5000:5000",
-    ]
+@pytest.mark.parametrize(
+    ("secure", "published"),
+    [
+        (False, {"registry": ["127.0.0.1", "192.168.56.11"]}),
+        (True, {"registry": ["192.168.56.11"], "readonly-registry": ["127.0.0.1"]}),
+    ],
+)
+def test_registry_is_published_on_loopback_and_the_private_address_only(
+    secure: bool, published: dict[str, list[str]]
+) -> None:
+    worker = Worker("worker-01", Clock())
+    worker.data.secure = secure
+    found = containers.registries(worker.data)  # type: ignore[arg-type]
+    ports = {name: [word for word in words if "publish" in word] for name, words in found.items()}
+    assert ports == {name: [f"--publish={ip}:5000:5000" for ip in ips] for name, ips in published.items()}
 
 
 def test_once_the_lock_is_lost_no_further_worker_is_begun_and_none_goes_back(workers: list[Worker]) -> None:
