@@ -17,6 +17,7 @@ ADDRESSES = {name: data["address"] for name, data in hosts.HOSTS.items()}
 WORKER, PROXY = hosts.names("workers")[0], hosts.names("proxies")[0]
 FIREWALL = "/usr/local/sbin/hashistack-firewall"
 RULES = "/etc/hashistack/firewall.nft"
+DENIED = "unauthorized|authentication required"
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +78,10 @@ def test_a_push_to_the_registry_that_docker_reads_is_refused(path: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        ("--tls-verify=false --no-creds", "unauthorized|authentication required"),
+        ("--tls-verify=false --no-creds", DENIED),
         (
             f"--cert-dir={registry_access.CLIENT} --creds=hashistack:guess",
-            "unauthorized|authentication required",
+            DENIED,
         ),
         (f"--authfile={registry_access.CLIENT}/config.json", "certificate signed by unknown authority"),
     ],
@@ -106,21 +107,24 @@ def test_haproxy_runs_in_its_sandbox() -> None:
     assert hosts.on(PROXY, ask).split() == ["NoNewPrivs:", "1"]
 
 
+CONTROL = "/run/anybody-can-read-this"
+
+
 @pytest.mark.parametrize("name", ADDRESSES)
 def test_no_secret_shows_on_a_host(name: str) -> None:
-    """In no process's arguments, journal, or file that others can read. It is looked for by its sum's
-    neighbours alone: the values go by standard input, into a file that only root reads."""
-    values = [hosts.settings.SECRETS / one for one in ("password-registry", "gossip-consul", "gossip-nomad")]
-    values += hosts.settings.SECRETS.glob("token-*")
-    patterns = "\n".join(file.read_text().strip() for file in values)
+    """In no journal, no process's arguments, and no file that nobody can read but for one of ours."""
+    secrets = [*hosts.settings.SECRETS.glob("token-*"), *hosts.settings.SECRETS.glob("gossip-*")]
+    secrets.append(hosts.settings.SECRETS / "password-registry")
+    patterns = "\n".join(["a-secret-for-this-test", *(file.read_text().strip() for file in secrets)])
     look = f"""
-        umask 077; cat >/run/patterns <<'EOF'\n{patterns}\nEOF
+        (umask 077; cat >/run/patterns) <<'EOF'\n{patterns}\nEOF
+        echo a-secret-for-this-test >{CONTROL}
+        trap 'rm /run/patterns {CONTROL}' EXIT
         journalctl -q -o cat --no-pager | grep -cFf /run/patterns
         cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' '\\n' | grep -cFf /run/patterns
-        find /etc /run /var/lib/consul /var/lib/nomad /var/lib/consul-template /home /tmp /var/tmp -xdev -type f \\
-            -perm /004 -size -1M -exec grep -lFf /run/patterns {{}} +
-        rm /run/patterns"""
-    assert hosts.on(name, look, check=False).split() == ["0", "0"]
+        runuser -u nobody -- find /etc /home /run /tmp /usr/local /var -xdev -type f -size -1024k -readable \\
+            2>/dev/null | xargs -d '\\n' grep -lFf /run/patterns"""
+    assert hosts.on(name, look, check=False).split() == ["0", "0", CONTROL]
 
 
 @pytest.mark.parametrize("package", knobs.base_upgrade_by_hand)
