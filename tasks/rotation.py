@@ -12,7 +12,7 @@ from collections.abc import Generator
 from pyinfra import host, inventory, state
 from pyinfra.api import DeployError, operation
 
-from tasks import acl, base, certificates, consul, containers, haproxy, nomad, rolling, secrets
+from tasks import acl, base, certificates, consul, containers, haproxy, nomad, secrets
 
 CONSUL_TOKENS = [name for name in secrets.WANTED if name.startswith("token-consul-")]
 
@@ -41,30 +41,27 @@ def begin(what: str) -> None:
 
 def gossip() -> None:
     """The key ring of the running members first; the files serve who joins later."""
-    if rolling.driver():
-        consul.use_next_gossip_key(name="Let every member of Consul use the next gossip key")
+    consul.use_next_gossip_key(name="Let every member of Consul use the next gossip key")
     consul.renew()
-    if rolling.driver():
-        consul.forget_old_gossip_keys(name="Let Consul forget the gossip key before")
+    consul.forget_old_gossip_keys(name="Let Consul forget the gossip key before")
 
 
 def tokens() -> None:
     """Both are known to Consul until every host has the next ones."""
-    if rolling.driver():
-        acl.write_tokens(name="Let Consul know the next tokens")
+    acl.write_tokens(name="Let Consul know the next tokens")
     consul.renew()
     by_nomad = host.data.scheduler == "nomad"
     if "workers" in host.groups and by_nomad:
         nomad.install()
-        nomad.roll()
+    if by_nomad:
+        nomad.take_consul_token(name="Let Nomad register its services with the next token")
     if "workers" in host.groups and not by_nomad:
         containers.run_registry()
         containers.renew_service_file(name="Give Consul what serves with the next token")
     if "proxies" in host.groups:
         haproxy.install()
     haproxy.roll()
-    if rolling.driver():
-        acl.forget_old_tokens(name="Let Consul forget the tokens before")
+    acl.forget_old_tokens(name="Let Consul forget the tokens before")
 
 
 def ca() -> None:
