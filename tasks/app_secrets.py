@@ -28,14 +28,21 @@ AS = ("environment", "file")
 
 def values(data: HostData) -> dict[str, str]:
     """Name -> value. Raises DeployError, in one line."""
-    if not data.app_secrets:
+    wanted = _names(data)
+    if not wanted:
         return {}
     file = secrets.folder(data) / SOURCE
     found = _parse(file)
-    missing = [name for name in data.app_secrets if name not in found]
+    missing = [name for name in wanted if name not in found]
     if missing:
         raise DeployError(f"app_secrets: {file} has no line {missing[0]}=...")
-    return {name: found[name] for name in data.app_secrets}
+    return {name: found[name] for name in wanted}
+
+
+def _names(data: HostData) -> list[str]:
+    """From --data they come as one text, with commas."""
+    named = data.app_secrets
+    return named.split(",") if isinstance(named, str) and named else list(named)
 
 
 def _parse(file: Path) -> dict[str, str]:

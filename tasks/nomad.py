@@ -20,6 +20,8 @@ from tasks.consul import passing_checks, still_failing
 CONFIG = "/etc/nomad.d/nomad.hcl"
 CERT, KEY = "/etc/nomad.d/nomad.pem", "/etc/nomad.d/nomad.key"
 UNIT = "/etc/systemd/system/nomad.service"
+# Apart, since a change of it needs no restart: the key ring that a server keeps goes before it.
+GOSSIP = "/etc/nomad.d/gossip.hcl"
 FILES = [CONFIG, UNIT, "/usr/local/bin/nomad"]
 JOIN_S = 4.0  # an election takes 1.5 s on the lab, a registration 0.2 s
 
@@ -32,7 +34,7 @@ def install() -> None:
         files=[
             config.File(CONFIG, _configuration(), mode="600"),
             config.File(UNIT, config.render("nomad/nomad.service")),
-            *_certificate(),
+            *(_secret_files() if host.data.secure else []),
         ],
     )
 
@@ -46,16 +48,17 @@ def _configuration() -> str:
         ca=certificates.CA_FILE,
         cert=CERT,
         key=KEY,
-        gossip_key=secure and secrets.gossip_key(where, "nomad"),
         consul_token=secure and secrets.token(where, "consul-nomad"),
     )
 
 
-def _certificate() -> list[config.File]:
-    if not host.data.secure:
-        return []
+def _secret_files() -> list[config.File]:
     pair = certificates.certificate(host, "nomad")
-    return [config.File(CERT, pair.pem), config.File(KEY, pair.key, mode="600")]
+    files = {CERT: pair.pem, KEY: pair.key}
+    if "servers" in host.groups:
+        key = secrets.gossip_key(secrets.folder(host.data), "nomad")
+        files[GOSSIP] = f'server {{ encrypt = "{key}" }}\n'
+    return [config.File(path, text, mode="600") for path, text in files.items()]
 
 
 @deploy("Nomad")
@@ -121,10 +124,11 @@ def _plain(member: Host) -> bool:
 def _restart_together(state: State, host: Host, members: list[Host]) -> bool:
     names = ", ".join(member.name for member in members)
     logger.warning(f"Nomad becomes encrypted: it restarts together on {names}, once; what it runs goes on")
-    absent = [m.name for m in inventory.get_group("servers") if m not in rolling.members("servers")]
+    workers = rolling.members("workers")
+    absent = ", ".join(worker.name for worker in inventory.get_group("workers") if worker not in workers)
     fault = lock.fault()
     if absent:
-        fault = f"take {', '.join(absent)} in: without encryption it could not talk to the others"
+        fault = f"{absent}: not in this run, and could not talk to the others any more; take it in"
     if not fault:
         restarts = [gevent.spawn(rolling.run, member, "nomad") for member in members]
         gevent.joinall(restarts)
@@ -144,18 +148,16 @@ def give_rights() -> Generator[FunctionCommand]:
 
 
 def _give_rights(state: State, host: Host) -> bool:
+    """A new leader refuses for some moments; a wrong token is refused for ever."""
+    answer: list[str | None] = []
     deadline_s = float(host.data.roll_deadline_s)
-    refused: list[str] = []
-
-    def granted() -> str | None:
-        """A new leader refuses for some moments; a wrong token is refused for ever."""
-        refused[:] = filter(None, [nomad_acl.grant()])
-        return None
-
-    fault = wait_until("Nomad's first leader", granted, deadline_s, logger.info) or "".join(refused)
+    silent = wait_until(
+        "Nomad's first leader", lambda: answer.append(nomad_acl.grant()), deadline_s, logger.info
+    )
+    fault = f"{silent}; see journalctl -u nomad there" if silent else answer[0]
     if fault:
-        logger.error(f"{host.print_prefix}Nomad: {fault}; see journalctl -u nomad there")
-    return not fault
+        logger.error(f"{host.print_prefix}Nomad: {fault}")
+    return fault is None
 
 
 def _other_min_quorum() -> str | None:

@@ -6,15 +6,21 @@ no others from outside; they are kept beside ours, and asked for again by their 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Generator
 
 from nomad import Nomad
-from nomad.api.exceptions import BaseNomadException, URLNotFoundNomadException
-from pyinfra import host
-from pyinfra.api.host import HostData
+from nomad.api.exceptions import (
+    BaseNomadException,
+    URLNotAuthorizedNomadException,
+    URLNotFoundNomadException,
+)
+from pyinfra import host, logger
+from pyinfra.api import FunctionCommand, operation
+from pyinfra.api.host import Host, HostData
+from pyinfra.api.state import State
 
 from tasks import secrets
-from tasks.cluster import nomad_api
+from tasks.cluster import Unavailable, nomad_api
 
 REFUSED = (
     "it refuses token-nomad-bootstrap of secrets_folder: the cluster was made with another one, restore that"
@@ -22,6 +28,8 @@ REFUSED = (
 # Nomad's own services that are not the app: the release token has no rights there.
 PLATFORM = "platform"
 
+PREFIX = "hashistack-"  # of our tokens' and policies' names
+BOOTSTRAP = "Bootstrap Token"  # Nomad's own name for it
 _JOBS = ["list-jobs", "parse-job", "read-job", "submit-job", "read-logs"]
 
 
@@ -37,7 +45,8 @@ def policies(data: HostData) -> dict[str, str]:
                 _namespace("default", _JOBS),
                 _namespace(PLATFORM, _JOBS),
                 'host_volume "registry" { policy = "write" }',
-                *(f'{what} {{ policy = "write" }}' for what in ("agent", "node", "operator")),
+                'agent { policy = "read" }',
+                *(f'{what} {{ policy = "write" }}' for what in ("node", "operator")),
             ]
         ),
         "release": "\n".join(
@@ -76,15 +85,15 @@ def differs() -> str | None:
     if missing(host.data):
         return "a token is to be made"
     with nomad_api(host, "bootstrap") as api:
-        wrong = [name for name, rules in policies(host.data).items() if _rules(api, name) != rules]
+        wanted = policies(host.data)
         known = {token["Name"] for token in api.acl.get_tokens()}
-        wrong += [name for name in policies(host.data) if name not in known]
+        wrong = [name for name in wanted if _rules(api, name) != wanted[name] or PREFIX + name not in known]
     return f"{', '.join(wrong)}: to be written" if wrong else None
 
 
 def _rules(api: Nomad, name: str) -> str | None:
     try:
-        rules: str = api.acl.get_policy(name)["Rules"]
+        rules: str = api.acl.get_policy(PREFIX + name)["Rules"]
     except URLNotFoundNomadException:
         return None
     return rules
@@ -93,17 +102,11 @@ def _rules(api: Nomad, name: str) -> str | None:
 def grant() -> str | None:
     """Bootstrap if that was never done; write what differs. What is wrong, or None."""
     with nomad_api(host, "bootstrap") as api:
-        if not _known(api):
-            try:
-                secret = secrets.token(secrets.folder(host.data), "nomad-bootstrap")
-                api.acl.request("bootstrap", json={"BootstrapSecret": secret}, method="post")
-            except BaseNomadException as error:
-                if "already done" not in str(error.nomad_resp.text):
-                    raise
-                return REFUSED
+        if not _known(api) and (refused := _bootstrap(api)):
+            return refused
         for name, rules in policies(host.data).items():
             if _rules(api, name) != rules:
-                api.acl.create_policy(name, {"Name": name, "Rules": rules})
+                api.acl.create_policy(PREFIX + name, {"Name": PREFIX + name, "Rules": rules})
             _keep(name, _token(api, name))
     return None
 
@@ -111,21 +114,36 @@ def grant() -> str | None:
 def _known(api: Nomad) -> bool:
     try:
         api.acl.get_self_token()
-    except BaseNomadException as error:
-        if getattr(error.nomad_resp, "status_code", 0) != 403:
-            raise
+    except URLNotAuthorizedNomadException:
         return False
     return True
 
 
+def _bootstrap(api: Nomad) -> str | None:
+    """With our own secret: a run cut off right after it does not lose it."""
+    secret = secrets.own_token(secrets.folder(host.data), "nomad-bootstrap")
+    try:
+        api.acl.request("bootstrap", json={"BootstrapSecret": secret}, method="post")
+    except BaseNomadException as error:
+        if "already done" not in str(getattr(error.nomad_resp, "text", "")):
+            raise
+        return REFUSED
+    return None
+
+
 def _token(api: Nomad, name: str) -> str:
     """The secret of the token of this name, made if there is none: a run cut off here leaves no second."""
-    found: dict[str, Any] | None = next((t for t in api.acl.get_tokens() if t["Name"] == name), None)
-    if found:
-        found = api.acl.get_token(found["AccessorID"])
-    else:
-        found = api.acl.create_token({"Name": name, "Type": "client", "Policies": [name]})
-    return str(found["SecretID"])
+    for token in api.acl.get_tokens():
+        if token["Name"] == PREFIX + name:
+            return str(api.acl.get_token(token["AccessorID"])["SecretID"])
+    return _new(api, name)
+
+
+def _new(api: Nomad, name: str) -> str:
+    body = {"Name": PREFIX + name, "Type": "client", "Policies": [PREFIX + name]}
+    if name == "bootstrap":
+        body = {"Name": BOOTSTRAP, "Type": "management"}
+    return str(api.acl.create_token(body)["SecretID"])
 
 
 def _keep(name: str, secret: str) -> None:
@@ -133,3 +151,36 @@ def _keep(name: str, secret: str) -> None:
     file = where / _file(name)
     if not file.exists() or file.read_text().strip() != secret:
         secrets.write(where, file.name, secret)
+
+
+# rotate.py: only the controller has these tokens, so each is replaced there and then forgotten by Nomad
+
+
+@operation()
+def replace_tokens() -> Generator[FunctionCommand]:
+    """Make new tokens, then delete the ones before. Done again after an interruption, one of each is left."""
+    yield FunctionCommand(_replace_tokens, (), {})
+
+
+def _replace_tokens(state: State, host: Host) -> bool:
+    try:
+        for name in [*policies(host.data), "bootstrap"]:
+            _replace(host, name)
+    except Unavailable as error:
+        logger.error(
+            f"{host.print_prefix}Nomad's tokens: {error or type(error).__name__}; run rotate.py again"
+        )
+        return False
+    return True
+
+
+def _replace(host: Host, name: str) -> None:
+    with nomad_api(host, "bootstrap") as api:
+        secret = _new(api, name)
+    _keep(name, secret)
+    title = BOOTSTRAP if name == "bootstrap" else PREFIX + name
+    with nomad_api(host, "bootstrap") as api:  # with the new one, where that is replaced
+        for token in api.acl.get_tokens():
+            accessor = token["AccessorID"]
+            if token["Name"] == title and api.acl.get_token(accessor)["SecretID"] != secret:
+                api.acl.delete_token(accessor)

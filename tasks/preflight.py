@@ -8,7 +8,7 @@ from pyinfra import host, inventory, logger, state
 from pyinfra.api import DeployError, FactBase, operation
 from pyinfra.facts.server import LinuxDistribution
 
-from tasks import artifact, certificates, registry, rolling, secrets, vip
+from tasks import artifact, certificates, config, registry, rolling, secrets, vip
 
 
 def check_hosts() -> None:
@@ -37,7 +37,13 @@ def check_host() -> None:
         logger.warning(f"{host.print_prefix}Debian 13 is untested")
     elif release != "debian 12":
         raise DeployError(f"{host.name}: runs {distro['name']}; use Debian 12 (13 is untested)")
-    lines = wrong_address() + scheduler_change() + artifact.faults(host, tools()) + vip.faults()
+    lines = (
+        wrong_address()
+        + scheduler_change()
+        + security_change()
+        + artifact.faults(host, tools())
+        + vip.faults()
+    )
     if "workers" in host.groups:
         lines += registry.faults()
     for line in lines:
@@ -102,6 +108,16 @@ def scheduler_change() -> list[str]:
     return [
         f"{host.name}: {running} runs its app, scheduler={host.data.scheduler} would cut it off;"
         f" set scheduler={running}, or start from new hosts"
+    ]
+
+
+def security_change() -> list[str]:
+    """A line if this host is secured already: opened one by one, its agents would not hear each other."""
+    if host.data.secure or not host.get_fact(config.Found, paths=[certificates.CA_FILE]):
+        return []
+    return [
+        f"{host.name}: is secured, secure=False would cut it off from the others;"
+        " set secure=True, or start from new hosts"
     ]
 
 

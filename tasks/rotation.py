@@ -12,7 +12,19 @@ from collections.abc import Generator
 from pyinfra import host, inventory, state
 from pyinfra.api import DeployError, operation
 
-from tasks import acl, base, certificates, consul, containers, haproxy, nomad, secrets
+from tasks import (
+    acl,
+    base,
+    certificates,
+    consul,
+    containers,
+    haproxy,
+    nomad,
+    nomad_acl,
+    nomad_keyring,
+    rolling,
+    secrets,
+)
 
 CONSUL_TOKENS = [name for name in secrets.WANTED if name.startswith("token-consul-")]
 
@@ -36,14 +48,26 @@ def begin(what: str) -> None:
     if what == "ca":
         certificates.begin_rotation(where)
     else:
-        secrets.begin(where, ["gossip-consul"] if what == "gossip" else CONSUL_TOKENS)
+        secrets.begin(where, _gossip_keys() if what == "gossip" else CONSUL_TOKENS)
+
+
+def _gossip_keys() -> list[str]:
+    return ["gossip-consul", nomad_keyring.FILE] if host.data.scheduler == "nomad" else ["gossip-consul"]
 
 
 def gossip() -> None:
     """The key ring of the running members first; the files serve who joins later."""
+    by_nomad = host.data.scheduler == "nomad"
+    leads_nomad = by_nomad and host.name == rolling.members("workers")[0].name
     consul.use_next_gossip_key(name="Let every member of Consul use the next gossip key")
+    if leads_nomad:
+        nomad_keyring.use_next_gossip_key(name="Let every server of Nomad use the next gossip key")
     consul.renew()
+    if "workers" in host.groups and by_nomad:
+        nomad.install()
     consul.forget_old_gossip_keys(name="Let Consul forget the gossip key before")
+    if leads_nomad:
+        nomad_keyring.forget_old_gossip_keys(name="Let Nomad forget the gossip key before")
 
 
 def tokens() -> None:
@@ -61,6 +85,8 @@ def tokens() -> None:
     if "proxies" in host.groups:
         haproxy.install()
     haproxy.roll()
+    if by_nomad and host.name == rolling.members("workers")[0].name:
+        nomad_acl.replace_tokens(name="Replace Nomad's tokens")
     acl.forget_old_tokens(name="Let Consul forget the tokens before")
 
 

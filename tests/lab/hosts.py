@@ -134,11 +134,10 @@ NOMAD_TLS = (
 
 
 def nomad(host: str, method: str, path: str, body: str = "", token: str = "operator") -> str:
-    """The whole answer of Nomad's API on a worker, from its status line on. token: see tasks/nomad_acl.py."""
-    request = (
-        f"{method} {path} HTTP/1.0\nX-Nomad-Token: {secrets.token(settings.SECRETS, f'nomad-{token}')}\n"
-        f"Content-Length: {len(body.encode())}\n\n{body}"
-    )
+    """The whole answer of Nomad's API on a worker, from its status line on. token: as in tasks/nomad_acl.py;
+    "" = none."""
+    show = f"X-Nomad-Token: {secrets.token(settings.SECRETS, f'nomad-{token}')}\n" if token else ""
+    request = f"{method} {path} HTTP/1.0\n{show}Content-Length: {len(body.encode())}\n\n{body}"
     return on(host, f"{NOMAD_TLS} <<'EOF'\n{request}\nEOF")
 
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+import secrets as random
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from group_data import all as knobs
+from lab import settings
+from tasks import secrets
 from tests.lab import hosts
 from tests.load import Load
 
@@ -48,10 +54,15 @@ def test_release_and_back(load: Load, as_found: str) -> None:
     assert (run.code, run.changed) == (0, {}), run.output
     assert run.lines("nothing to do")
 
-    run = release(other, "--data", RESHAPED)
+    with app_secret() as (name, value):
+        run = release(other, "--data", RESHAPED, "--data", f"app_secrets={name}")
     assert run.code == 0, run.output
     assert list(run.changed) == [f"Replace what runs by {other}"], run.output
     assert versions_that_serve() == {other}
+    assert all(value in environment for environment in hosts.on_all(WORKERS, ENVIRONMENT).values())
+    assert value not in run.output
+    if hosts.SCHEDULER == "nomad":
+        assert value not in json.dumps(hosts.api(WORKERS[0], knobs.nomad_http_port, "/v1/job/app"))
     if hosts.SCHEDULER == "nomad":
         assert len(hosts.haproxy_servers()) == knobs.app_count + 1
 
@@ -59,6 +70,25 @@ def test_release_and_back(load: Load, as_found: str) -> None:
     assert run.code == 0, run.output
     assert not run.lines("building")
     assert versions_that_serve() == {as_found}
+
+
+WORKERS = hosts.names("workers")
+# Of the app's processes on a worker.
+ENVIRONMENT = "for p in $(pgrep -f '[g]unicorn app:app'); do tr '\\0' '\\n' < /proc/$p/environ; done"
+
+
+@contextmanager
+def app_secret() -> Iterator[tuple[str, str]]:
+    """The name of a secret, for app_secrets, and its value."""
+    file = settings.SECRETS / "app.env"
+    kept = file.read_text() if file.exists() else None
+    name, value = "LAB_SECRET", f'it\'s "{random.token_hex()}" $HOME'
+    secrets.write(file.parent, file.name, f"{name}={value}")
+    yield name, value
+    if kept is None:
+        file.unlink()
+    else:
+        secrets.write(file.parent, file.name, kept)
 
 
 def versions_that_serve() -> set[str]:

@@ -20,12 +20,18 @@ declare -A last
 while read -t 0.1 -r _; [ $? -gt 128 ]; do
     for service in SERVICES; do
         says=$( (exec 3<>/dev/tcp/127.0.0.1/${service#*:} || { echo down; exit; }
-            printf 'GET /v1/status/leader HTTP/1.0\r\n\r\n' >&3; tail -n 1 <&3) 2>/dev/null)
+            case $service in
+                TLS) printf 'GET /v1/status/leader HTTP/1.0\r\n\r\n' | OPENSSL | tail -n 1 ;;
+                *) printf 'GET /v1/status/leader HTTP/1.0\r\n\r\n' >&3; tail -n 1 <&3 ;;
+            esac) 2>/dev/null)
         [ "$says" = "${last[$service]-}" ] || echo "$EPOCHREALTIME ${service%:*} ${says:-nothing}"
         last[$service]=$says
     done
 done
 """.replace("SERVICES", " ".join(f"{name}:{port}" for name, port in PORTS.items()))
+_LEADERS = _LEADERS.replace("TLS", "nomad:*" if hosts.knob("secure") else "none").replace(
+    "OPENSSL", hosts.NOMAD_TLS
+)
 _BACKEND = r"""
 while read -t 0.1 -r _; [ $? -gt 128 ]; do
     says=$(grep -c '^ *server ' /etc/haproxy/haproxy.cfg)
@@ -69,7 +75,7 @@ class Watch:
 
     def _start(self, host: str, script: str) -> None:
         loop = subprocess.Popen(
-            ["ssh", "-F", str(hosts.SSH_CONFIG), host, f"bash -c {shlex.quote(script)}"],
+            ["ssh", "-F", str(hosts.SSH_CONFIG), host, f"sudo bash -c {shlex.quote(script)}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -6,12 +6,13 @@ import json
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tasks import cluster, containers
+from tasks import cluster, containers, secrets
 from tasks.containers import Release
 
 OLD = Release("0.0.2", "sha256:old")
@@ -38,6 +39,7 @@ class Worker:
         self.name, self.print_prefix, self.clock = name, f"[{name}] ", clock
         self.containers: dict[str, dict[str, Any]] = {}
         self.file = ""
+        self.secrets: dict[str, str] = {}  # path -> content
         self.catalog: dict[str, str] = {}  # service ID -> version
         self.left: dict[str, float] = {}  # service ID -> when it left Consul
         self.sick: set[str] = set()  # versions that never become healthy
@@ -57,6 +59,9 @@ class Worker:
                 "app_port": 8000,
                 "app_health_path": "/status",
                 "app_env": {"PASSWORD": SECRET},
+                "app_secrets": [],
+                "app_secrets_as": "environment",
+                "app_user": "10001:10001",
                 "app_cpu_mhz": 100,
                 "app_memory_mb": 128,
                 "app_pids_limit": 256,
@@ -92,6 +97,9 @@ class Worker:
             return self.write(stdin or "")
         if command.startswith("! test -e"):
             return self.file.splitlines()
+        if command.startswith("install -d -m 700"):
+            self.secrets[command.split("mv -T ")[1].split()[1]] = stdin or ""
+            return []
         words = shlex.split(command.removeprefix("cat | "))
         if words[:2] == ["docker", "ps"]:
             return [
@@ -348,6 +356,28 @@ def test_docker_restart_takes_the_worker_out_and_back(workers: list[Worker]) -> 
     assert worker.clock.now - before >= worker.data.app_shutdown_delay_s
     assert containers.resume(worker) is None  # type: ignore[arg-type]
     assert containers.outdated(workers, OLD) == []  # type: ignore[arg-type]
+
+
+def test_secrets_as_a_file_are_in_no_argument_and_not_in_the_environment(
+    workers: list[Worker], tmp_path: Path
+) -> None:
+    secrets.write(tmp_path, "app.env", "KEY=one")
+    vars(workers[0].data).update(secrets_folder=str(tmp_path), app_secrets=["KEY"], app_secrets_as="file")
+    assert roll(workers[:1], NEW).fault is None
+    assert workers[0].secrets == {"/etc/hashistack/secrets/app-green.env": "KEY=one\n"}
+    (run,) = [command for command in workers[0].commands if "0.0.3" in command and "docker run" in command]
+    assert "source=/etc/hashistack/secrets/app-green.env,target=/secrets/app.env,readonly" in run
+    assert "one" not in run
+
+
+def test_a_changed_secret_is_released_with_the_same_version(workers: list[Worker], tmp_path: Path) -> None:
+    secrets.write(tmp_path, "app.env", "KEY=one")
+    for worker in workers:
+        vars(worker.data).update(secrets_folder=str(tmp_path), app_secrets=["KEY"])
+    assert roll(workers, NEW).fault is None
+    assert containers.outdated(workers, NEW) == []  # type: ignore[arg-type]
+    secrets.write(tmp_path, "app.env", "KEY=two")
+    assert len(containers.outdated(workers, NEW)) == 3  # type: ignore[arg-type]
 
 
 def test_line_break_in_the_environment_is_refused(workers: list[Worker]) -> None:

@@ -10,14 +10,15 @@ import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import nomad
 import pytest
 import requests
+from pyinfra.api.host import HostData
 
 from group_data import all as knobs
-from tasks import distribute, nomad_job, serving
+from tasks import distribute, nomad_job, secrets, serving
 
 RECORDED = Path(__file__).parent / "nomad"
 DIGEST = "sha256:" + 64 * "a"
@@ -164,8 +165,8 @@ def test_failing_checks_are_those_of_the_allocation() -> None:
 # The template
 
 
-def data(**changed: object) -> SimpleNamespace:
-    return SimpleNamespace(**{**vars(knobs), **changed})
+def data(**changed: object) -> HostData:
+    return cast("HostData", SimpleNamespace(**{**vars(knobs), **changed}))
 
 
 @pytest.fixture(scope="session")
@@ -191,6 +192,27 @@ def test_nomad_parses_the_job(nomad_binary: str, env: dict[str, object], tmp_pat
     assert group["Services"][0]["Tags"] == ["version-0.0.3"]
     assert task["Config"]["image"] == f"127.0.0.1:5000/app@{DIGEST}"
     assert task["Env"] == {"APP_VERSION": "0.0.3"} | {name: str(value) for name, value in env.items()}
+
+
+@pytest.mark.parametrize("form", ["environment", "file"])
+def test_the_job_names_its_secrets_but_does_not_have_them(
+    nomad_binary: str, form: str, tmp_path: Path
+) -> None:
+    secrets.write(tmp_path, "app.env", "KEY=marker")
+    mine = data(secrets_folder=str(tmp_path), app_secrets=["KEY"], app_secrets_as=form)
+    hcl = tmp_path / "app.nomad.hcl"
+    hcl.write_text(nomad_job.render(mine, "0.0.3", DIGEST))
+    ran = subprocess.run([nomad_binary, "job", "run", "-output", str(hcl)], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "marker" not in ran.stdout
+    job = json.loads(ran.stdout)["Job"]
+    (template,) = job["TaskGroups"][0]["Tasks"][0]["Templates"]
+    stamp = job["Meta"]["secrets"]
+    assert (
+        template["EmbeddedTmpl"] == f'{{{{ with nomadVar "nomad/jobs/app" }}}}{{{{ .{stamp} }}}}{{{{ end }}}}'
+    )
+    assert (template["Envvars"], template["Perms"], template["Uid"]) == (form == "environment", "0400", 10001)
+    assert template["ChangeMode"] == "noop"  # a restart would take all instances at once
 
 
 def test_the_deadlines_fit_into_each_other() -> None:

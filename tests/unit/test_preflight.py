@@ -36,6 +36,17 @@ def test_good_input_passes(pyinfra: Pyinfra) -> None:
     assert "servers" not in run.stderr
 
 
+def test_a_secured_host_is_not_opened(pyinfra: Pyinfra) -> None:
+    found = {"/etc/hashistack/ca.pem": ["/etc/hashistack/ca.pem 644 root:root 1234"]}
+    run = pyinfra("check.py", *VERSIONS, "--data", "secure=false", state={}, answers={"worker-02": found})
+    assert refusal(run).startswith("@fake/worker-02: is secured, secure=False would cut it off")
+
+
+def test_what_was_never_secured_may_stay_so(pyinfra: Pyinfra) -> None:
+    run = pyinfra("check.py", *VERSIONS, "--data", "secure=false", state={})
+    assert run.code == 0, run.stderr
+
+
 def test_an_unknown_role_lists_the_roles(pyinfra: Pyinfra) -> None:
     run = pyinfra(ROOT / "deploy.py", "--data", "only=haproxy,dsn,x", state={})
     roles = "base, consul, docker, dns, nomad, registry, haproxy, keepalived"

@@ -16,7 +16,7 @@ from pyinfra.api.host import Host
 from pyinfra.connectors.fake import FakeConnector
 from pyinfra.connectors.util import CommandOutput, OutputLine
 
-from tasks import distribute, held, history, image, lock, nomad_job, serving
+from tasks import distribute, held, history, image, lock, nomad_job, preflight, serving
 from tests.unit.fake import world
 
 DIGEST = "sha256:" + 64 * "a"
@@ -146,4 +146,5 @@ lock.ask, held.by_all = ask, by_all  # type: ignore[assignment]
 lock.take = lambda ask, what, say: Lock()  # type: ignore[assignment,return-value]
 serving.exactly = exactly
 serving.running_versions = lambda: set(world.load().get("running", []))
+preflight.make_secrets()
 local.include("release.py")
