@@ -105,13 +105,14 @@ def _of_agent(where: Path, member: Host) -> Token:
 @deploy("Consul")
 def grant() -> None:
     """Once the first leader is there; before anybody comes with one of these tokens."""
-    if rolling.driver():
-        write_tokens(name="Give each token in Consul its rights")
+    write_tokens(name="Give each token in Consul its rights")
 
 
 @operation()
 def write_tokens() -> Generator[FunctionCommand]:
     """Write the policies and tokens that are missing or differ; one host does it for the cluster."""
+    if rolling.leaves_it_to_another():
+        return
     if wait_until("", _differs, 0) is None:
         host.noop("every token has its rights")
         return
@@ -186,6 +187,8 @@ def _wake(member: Host) -> None:
 @operation()
 def forget_old_tokens() -> Generator[FunctionCommand]:
     """Delete what is not to be known any more: when every host has the next ones. One host does it."""
+    if rolling.leaves_it_to_another():
+        return
     yield FunctionCommand(_forget, (), {})
 
 

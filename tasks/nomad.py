@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
+from dataclasses import replace
 from typing import Any
 
 import gevent  # type: ignore[import-untyped]
@@ -12,8 +13,8 @@ from pyinfra.api import FactBase, FunctionCommand, deploy, operation
 from pyinfra.api.host import Host
 from pyinfra.api.state import State
 
-from tasks import artifact, certificates, config, lock, nomad_acl, quorum, rolling, secrets
-from tasks.cluster import Unavailable, nomad_api, wait_until
+from tasks import artifact, certificates, config, lock, nomad_acl, quorum, rolling, secrets, shell
+from tasks.cluster import Unavailable, consul_api, nomad_api, wait_until
 from tasks.consul import passing_checks, still_failing
 
 CONFIG = "/etc/nomad.d/nomad.hcl"
@@ -276,3 +277,57 @@ SERVICE = rolling.Service(
     gate=QUORUM.gate,
     recovery=_recovery,
 )
+
+
+# A new token in Consul (rotate.py)
+
+
+@operation()
+def take_consul_token() -> Generator[FunctionCommand]:
+    """Nomad comes to Consul with its current token, one worker at a time; no change where it does."""
+    if rolling.leaves_it_to_another():
+        return
+    which = [member for member in rolling.members("workers") if _stale(member) or _registered_before(member)]
+    if not which:
+        host.noop("Nomad's services are registered with its current token")
+        return
+    yield FunctionCommand(rolling.restart_each, (REGISTERS_ANEW, which), {})
+
+
+def _stale(member: Host) -> bool:
+    return bool(member.get_fact(rolling.UnitState, unit="nomad", files=FILES) == "stale")
+
+
+def _registered_before(member: Host) -> bool:
+    """Consul keeps with each service the token that registered it, and lets the check speak with that one.
+    No API shows it, so we look where Consul keeps it; a shell's own words show no token to others."""
+    token = secrets.token(secrets.folder(member.data), "consul-nomad")
+    look = (
+        'read -r token; for file in /var/lib/consul/services/*; do case "$(cat "$file")" in'
+        ' *"$token"*) ;; *\'"ID":"_nomad-\'*) echo other ;; esac; done'
+    )
+    _, output = shell.run(member, look, _stdin=token)
+    return "other" in output.stdout
+
+
+def _register_anew(member: Host, unit: str) -> str | None:
+    """Nomad registers what is missing, never what is there. Meanwhile the other workers are in HAProxy; it
+    keeps its last servers if there are no others."""
+    with consul_api(member) as api:
+        for service in [name for name in api.agent.services() if name.startswith("_nomad-")]:
+            api.agent.service.deregister(service)
+    return rolling.run(member, unit)
+
+
+def _registered_again(member: Host) -> Callable[[], str | None]:
+    recovered = _recovery(member)
+    before = set(passing_checks(member))
+
+    def check() -> str | None:
+        missing = before - set(passing_checks(member))
+        return f"{len(missing)} checks are not registered yet" if missing else recovered()
+
+    return check
+
+
+REGISTERS_ANEW = replace(SERVICE, restart=_register_anew, recovery=_registered_again)

@@ -121,6 +121,15 @@ def driver() -> bool:
     return host.name == min(member.name for member in state.active_hosts)
 
 
+def leaves_it_to_another() -> bool:
+    """True, and noted, on all hosts but the driver. For an operation that one host carries out, and that
+    every host calls: what comes after it on another host would not wait for it, nor it for what was before.
+    """
+    if not driver():
+        host.noop("another host does it")
+    return not driver()
+
+
 def members(group: str) -> list[Host]:
     """The hosts of a group ("" = all) that take part in this run, by name."""
     hosts = [h for h in state.active_hosts if not group or group in h.groups]

@@ -59,28 +59,26 @@ def gossip() -> None:
     """The key ring of the running members first; the files serve who joins later."""
     by_nomad = host.data.scheduler == "nomad"
     leads_nomad = by_nomad and host.name == rolling.members("workers")[0].name
-    if rolling.driver():
-        consul.use_next_gossip_key(name="Let every member of Consul use the next gossip key")
+    consul.use_next_gossip_key(name="Let every member of Consul use the next gossip key")
     if leads_nomad:
         nomad_keyring.use_next_gossip_key(name="Let every server of Nomad use the next gossip key")
     consul.renew()
     if "workers" in host.groups and by_nomad:
         nomad.install()
-    if rolling.driver():
-        consul.forget_old_gossip_keys(name="Let Consul forget the gossip key before")
+    consul.forget_old_gossip_keys(name="Let Consul forget the gossip key before")
     if leads_nomad:
         nomad_keyring.forget_old_gossip_keys(name="Let Nomad forget the gossip key before")
 
 
 def tokens() -> None:
     """Both are known to Consul until every host has the next ones."""
-    if rolling.driver():
-        acl.write_tokens(name="Let Consul know the next tokens")
+    acl.write_tokens(name="Let Consul know the next tokens")
     consul.renew()
     by_nomad = host.data.scheduler == "nomad"
     if "workers" in host.groups and by_nomad:
         nomad.install()
-        nomad.roll()
+    if by_nomad:
+        nomad.take_consul_token(name="Let Nomad register its services with the next token")
     if "workers" in host.groups and not by_nomad:
         containers.run_registry()
         containers.renew_service_file(name="Give Consul what serves with the next token")
@@ -89,8 +87,7 @@ def tokens() -> None:
     haproxy.roll()
     if by_nomad and host.name == rolling.members("workers")[0].name:
         nomad_acl.replace_tokens(name="Replace Nomad's tokens")
-    if rolling.driver():
-        acl.forget_old_tokens(name="Let Consul forget the tokens before")
+    acl.forget_old_tokens(name="Let Consul forget the tokens before")
 
 
 def ca() -> None:
