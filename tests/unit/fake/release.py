@@ -59,8 +59,8 @@ def _act(member: Host, name: str, line: str) -> str | None:
             raise EOFError
         fault: str | None = now.get("build fails")
         return fault
-    if "docker push" in line:
-        now["registries"].setdefault(name, {})[line.rsplit(":", 1)[1]] = DIGEST
+    if match := re.search(r" push -q \S+:([^:;\s]+)", line):
+        now["registries"].setdefault(name, {})[match[1]] = DIGEST
     if match := re.search(r"registry-sync fetch (\S+)$", line):
         if name in now.get("full", []):
             return "writing blob: no space left on device"
