@@ -8,7 +8,7 @@ from pyinfra import host, inventory, logger, state
 from pyinfra.api import DeployError, FactBase, operation
 from pyinfra.facts.server import LinuxDistribution
 
-from tasks import artifact, certificates, config, registry, rolling, secrets, vip
+from tasks import artifact, certificates, config, consul, registry, rolling, secrets, vip
 
 
 def check_hosts() -> None:
@@ -117,8 +117,23 @@ def scheduler_change() -> list[str]:
     ]
 
 
+class RunsOpen(FactBase[bool]):
+    """Whether Consul runs here without keys, tokens and certificates."""
+
+    def command(self) -> str:
+        return f"if systemctl is-active -q consul && ! test -e {consul.SECRETS}; then echo open; fi"
+
+    def process(self, output: Iterable[str]) -> bool:
+        return list(output) == ["open"]
+
+
 def security_change() -> list[str]:
-    """A line if this host is secured already: opened one by one, its agents would not hear each other."""
+    """A line if this host's agents run the other way: changed one by one, they would not hear each other."""
+    if host.data.secure and host.get_fact(RunsOpen):
+        return [
+            f"{host.name}: Consul runs without encryption, secure=True would cut it off from the others;"
+            " set secure=False, or start from new hosts"
+        ]
     if host.data.secure or not host.get_fact(config.Found, paths=[certificates.CA_FILE]):
         return []
     return [

@@ -42,6 +42,12 @@ def test_a_secured_host_is_not_opened(pyinfra: Pyinfra) -> None:
     assert refusal(run).startswith("@fake/worker-02: is secured, secure=False would cut it off")
 
 
+def test_an_open_host_is_not_secured_in_place(pyinfra: Pyinfra) -> None:
+    found = {"-q consul && ! test -e": ["open"]}
+    run = pyinfra("check.py", *VERSIONS, state={}, answers={"worker-02": found})
+    assert refusal(run).startswith("@fake/worker-02: Consul runs without encryption, secure=True would cut")
+
+
 def test_what_was_never_secured_may_stay_so(pyinfra: Pyinfra) -> None:
     run = pyinfra("check.py", *VERSIONS, "--data", "secure=false", state={})
     assert run.code == 0, run.stderr
