@@ -41,6 +41,8 @@ class Quorum:
 
     def sick(self, member: Host) -> bool:
         """The cluster knows it as missing or unhealthy, and it is itself not in touch with a leader."""
+        if not is_server(member):
+            return False
         health = self.health()
         if health is None or autopilot_fault(health, member.data.address) is None:
             return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -44,9 +45,11 @@ def consul_leader() -> list[str]:
 
 
 def a_worker() -> list[str]:
-    """One that leads nothing: its loss is nothing but that."""
+    """One that serves; if there is a choice, one that leads nothing: its loss is nothing but that."""
     leaders = consul_leader() + (nomad_leader() if hosts.SCHEDULER == "nomad" else [])
-    return [name for name in WORKERS if name not in leaders][:1]
+    addresses = {instance.split("-")[-2] for instance in hosts.consul_instances()}
+    serving = [name for name in WORKERS if hosts.HOSTS[name]["address"] in addresses]
+    return sorted(serving, key=lambda name: name in leaders)[:1]
 
 
 def servers() -> list[str]:
@@ -81,16 +84,18 @@ def killed(unit: str) -> str:
     return f"kill -9 $(systemctl show -P MainPID {unit})"
 
 
-def do(members: list[str], what: str) -> None:
-    """On each host, without SSH, which may be cut off."""
+def do(members: list[str], what: str) -> float:
+    """On each host, without SSH, which may be cut off; answers when that was, by the monotonic clock."""
     if what == POWER_ON:
         hosts.power_on(*members)
-        return
+        return time.monotonic()
     command = PULL if what == POWER_OFF else what
     for name in members:
         inside(name, command.replace("ADDRESS", hosts.HOSTS[name]["address"]))
-    if what == POWER_OFF:
+    done = time.monotonic()
+    if what == POWER_OFF:  # what the host does until then reaches nobody
         hosts.power_off(*members)
+    return done
 
 
 # The table
@@ -122,7 +127,7 @@ class Fault:
 
 FAULTS = [
     Fault(
-        "Nomad's leader killed",
+        "Nomad leader killed",
         nomad_leader,
         killed("nomad"),
         "",
@@ -130,10 +135,10 @@ FAULTS = [
         needs="nomad",
         quick="release",
     ),
-    Fault("Consul's leader killed", consul_leader, killed("consul"), "", "Consul: leads", quick="idle"),
+    Fault("Consul leader killed", consul_leader, killed("consul"), "", "Consul: leads", quick="idle"),
     Fault("dockerd killed", a_worker, killed("docker"), "", "docker died"),
     Fault(
-        "HAProxy's worker killed",
+        "HAProxy worker killed",
         active_proxy,
         "pkill -9 -u haproxy -x haproxy",
         "",
@@ -144,7 +149,7 @@ FAULTS = [
     Fault("consul-template killed", active_proxy, killed("consul-template"), "", "consul-template died"),
     Fault("worker powered off", a_worker, POWER_OFF, POWER_ON, "is DOWN", IN_FLIGHT, release=1, stays_s=30),
     Fault(
-        "worker with Nomad's leader powered off",
+        "worker with the Nomad leader powered off",
         nomad_leader,
         POWER_OFF,
         POWER_ON,

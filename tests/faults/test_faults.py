@@ -62,8 +62,7 @@ def broken(fault: Fault, timeline: Timeline) -> Iterator[float]:
     where = fault.where()
     timeline.mark(f"{fault.name} ({', '.join(where)})")
     try:
-        do(where, fault.breaks)
-        yield timeline.now()
+        yield timeline.since_begin(do(where, fault.breaks))
     finally:
         if fault.mends:
             timeline.mark("mended")

@@ -84,7 +84,10 @@ class Timeline:
         print(f"{self.name}: {self.load.result}")
 
     def now(self) -> float:
-        return time.monotonic() - self._begin
+        return self.since_begin(time.monotonic())
+
+    def since_begin(self, moment: float) -> float:
+        return moment - self._begin
 
     def mark(self, says: str) -> float:
         """Note it; the time."""
@@ -136,7 +139,7 @@ class Timeline:
 
     def _write(self) -> None:
         RESULTS.mkdir(parents=True, exist_ok=True)
-        file = RESULTS / f"{re.sub('[^a-z0-9]+', '-', self.name.lower()).strip('-')}.json"
+        file = RESULTS / f"{re.sub('[^a-z0-9]+', '-', self.name.lower())}.json"
         file.write_text(json.dumps(self._told(), indent=1) + "\n")
         picture.draw(file, file.with_suffix(".svg"))
 
