@@ -25,6 +25,8 @@ class MayFail:
 NOTHING = MayFail("none")
 # They may have done their work before the host was lost: nobody but the client knows if to send them again.
 IN_FLIGHT = MayFail("POSTs in flight there", ("POST",))
+# Nomad takes the instances of a dockerd that died for ended, and kills them when Docker is back.
+KILLED_LATER = MayFail("POSTs in flight there", ("POST",), 10.0)
 FAILOVER = MayFail("all, for 3 s", ("GET", "POST"), 3.0)
 
 
@@ -136,7 +138,7 @@ FAULTS = [
         quick="release",
     ),
     Fault("Consul leader killed", consul_leader, killed("consul"), "", "Consul: leads", quick="idle"),
-    Fault("dockerd killed", a_worker, killed("docker"), "", "docker died"),
+    Fault("dockerd killed", a_worker, killed("docker"), "", "docker died", KILLED_LATER),
     Fault(
         "HAProxy worker killed",
         active_proxy,
