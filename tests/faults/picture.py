@@ -72,12 +72,13 @@ def _draw_latency(axes: Axes, seconds: list[dict[str, Any]]) -> None:
 
 
 def _draw_events(axes: Axes, events: list[dict[str, Any]]) -> None:
-    """One lane for each source; each kind of event is told once, where it is the first of its kind."""
+    """One lane for each source: a stroke for each event, and words where there is room."""
     lanes = [lane for lane in LANES if any(event["source"] == lane for event in events)]
     for lane, source in enumerate(lanes):
         mine = [event for event in events if event["source"] == source]
         axes.plot([event["time"] for event in mine], [lane] * len(mine), "|", color=COLOURS[0], markersize=10)
-        for number, event in enumerate(_far_apart(mine)):
+        room = axes.get_xlim()[1] / 14  # three lines of words, each as wide as three of these
+        for number, event in enumerate(_far_apart(mine, room)):
             words = f"{event['host']}: {event['says']}"
             height = lane + (0.16, 0.34, 0.52)[number % 3]
             axes.text(event["time"], height, words[:44], fontsize=6, clip_on=True)
@@ -85,8 +86,7 @@ def _draw_events(axes: Axes, events: list[dict[str, Any]]) -> None:
     axes.set_ylim(-0.4, len(lanes) - 0.2)
 
 
-def _far_apart(events: list[dict[str, Any]], least_s: float = 4) -> list[dict[str, Any]]:
-    """Those whose words have room."""
+def _far_apart(events: list[dict[str, Any]], least_s: float) -> list[dict[str, Any]]:
     kept: list[dict[str, Any]] = []
     for event in events:
         if not kept or event["time"] - kept[-1]["time"] >= least_s:
