@@ -81,7 +81,7 @@ def _draw_events(axes: Axes, events: list[dict[str, Any]]) -> None:
         for number, event in enumerate(_far_apart(mine, room)):
             words = f"{event['host']}: {event['says']}"
             height = lane + (0.16, 0.34, 0.52)[number % 3]
-            axes.text(event["time"], height, words[:44], fontsize=6, clip_on=True)
+            axes.text(event["time"], height, words[:60], fontsize=6, clip_on=True)
     axes.set_yticks(range(len(lanes)), lanes)
     axes.set_ylim(-0.4, len(lanes) - 0.2)
 
