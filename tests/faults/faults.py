@@ -54,6 +54,11 @@ def a_worker() -> list[str]:
     return sorted(serving, key=lambda name: name in leaders)[:1]
 
 
+def not_the_builder() -> list[str]:
+    """A worker that gets images from others."""
+    return [name for name in WORKERS if name not in hosts.names("builder")][:1]
+
+
 def servers() -> list[str]:
     return SERVERS
 
@@ -201,7 +206,9 @@ FAULTS = [
         quick="idle",
     ),
 ]
-DISK_FULL = Fault("disk full on a worker", a_worker, FILL, f"umount {DOWNLOADS}", "", idle=False, release=1)
+DISK_FULL = Fault(
+    "disk full on a worker", not_the_builder, FILL, f"umount {DOWNLOADS}", "", idle=False, release=1
+)
 
 
 def cannot(fault: Fault) -> str:
