@@ -2,7 +2,7 @@
 export PYINFRA_YES = 1
 VENV = .venv/bin
 
-.PHONY: help up down clean lint unit test
+.PHONY: help up down clean lint unit test faults
 
 help: ## Show this
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
@@ -32,3 +32,6 @@ unit: .venv/made-from ## Tests that need no hosts
 
 test: lint unit ## All that can be checked: linters, unit tests, and the lab with each scheduler
 	python3 -m lab.test
+
+faults: .venv/made-from ## Break everything that can break, under load, in the lab that is up
+	$(VENV)/pytest tests/faults --durations=0

@@ -44,7 +44,8 @@ def test(scheduler: str, shape: Settings) -> int:
     names = ("workers", "proxies", "provider", "http_port", "network")
     make("up", f"SCHEDULER={scheduler}", *(f"{name.upper()}={getattr(shape, name)}" for name in names))
     with stage(f"Lab tests with scheduler={scheduler}"):
-        pytest = [str(controller.VENV / "bin" / "pytest"), "tests/lab", "--durations=10"]
+        pytest = [str(controller.VENV / "bin" / "pytest"), "tests/lab", "tests/faults"]
+        pytest += ["-m", "not slow", "--durations=10"]
         return subprocess.run(pytest, cwd=ROOT, env=os.environ | {"PYINFRA_YES": "1"}).returncode
 
 

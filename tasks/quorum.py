@@ -40,10 +40,7 @@ class Quorum:
         return 2 if self.leader(member).startswith(f"{member.data.address}:") else 1
 
     def sick(self, member: Host) -> bool:
-        """The cluster knows it as missing or unhealthy, and it is itself not in touch with a leader.
-
-        Only a server: autopilot knows no clients, and they have no log.
-        """
+        """The cluster knows it as missing or unhealthy, and it is itself not in touch with a leader."""
         if not is_server(member):
             return False
         health = self.health()

@@ -27,10 +27,11 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 ALLOWED = [ipaddress.ip_network(net) for net in ("127.0.0.0/8", "192.168.56.0/21")]
@@ -44,6 +45,17 @@ class Failure(Exception):
     def __init__(self, kind: str, detail: str = "") -> None:
         super().__init__(kind, detail)
         self.kind, self.detail = kind, detail
+
+
+class Answer(NamedTuple):
+    """What became of one request. start: seconds since the load began; seconds: until it had ended."""
+
+    start: float
+    seconds: float
+    method: str
+    connection: str  # kept or new
+    version: str | None  # that answered, where the answer tells
+    failure: str | None  # its kind
 
 
 @dataclass
@@ -80,7 +92,7 @@ class Load:
 
     url: http://<address>:<port>, loopback or the lab's network only. rate: requests per second, at
     most; fewer when all threads wait for answers. versions: those that may answer, None for any.
-    timeout: seconds for a whole request.
+    timeout: seconds for a whole request. tell: gets each Answer, in one thread at a time.
     """
 
     def __init__(
@@ -90,11 +102,12 @@ class Load:
         versions: Iterable[str] | None = None,
         threads: int = 16,
         timeout: float = 10,
+        tell: Callable[[Answer], object] = lambda answer: None,
     ) -> None:
         self.address = _target(url)
         self.gap, self.threads, self.timeout = 1 / rate, threads, timeout
         self.versions = None if versions is None else frozenset(versions)
-        self.result = Result()
+        self.result, self.tell = Result(), tell
         self.lock = threading.Lock()
         self.stopped = threading.Event()
         self._pool = ThreadPoolExecutor(threads, "load")
@@ -153,7 +166,17 @@ class Load:
         self, client: _Client, path: str, start: float, failure: Failure | None, version: str | None
     ) -> None:
         now = time.monotonic()
+        method = "POST" if path == "/echo" else "GET"
+        answer = Answer(
+            start - self._begin,
+            now - start,
+            method,
+            client.connection.split()[0],
+            version,
+            failure.kind if failure else None,
+        )
         with self.lock:
+            self.tell(answer)
             result = self.result
             result.max_latency = max(result.max_latency, now - start)
             result.seconds = now - self._begin
@@ -166,7 +189,6 @@ class Load:
             result.kinds[failure.kind] += 1
             examples = result.examples.setdefault(failure.kind, [])
             if len(examples) < EXAMPLES:
-                method = "POST" if path == "/echo" else "GET"
                 examples.append(
                     f"at {start - self._begin:.2f} s, after {now - start:.3f} s: {method} {path}, "
                     f"{client.connection}: {failure.detail}"

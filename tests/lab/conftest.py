@@ -27,12 +27,17 @@ def as_found(request: pytest.FixtureRequest) -> Iterator[str]:
     version = hosts.running_version()
     yield version
     if request.node.user_properties:
-        if hosts.SETTINGS.provider == "docker":
-            hosts.power_on(*hosts.HOSTS)
-        for script in (["deploy.py"], ["release.py", "--data", f"version={version}"]):
-            run = hosts.pyinfra(*script)
-            print(f"putting the lab back: {' '.join(script)}: exit code {run.code}\n{run.output[-2000:]}")
+        put_back(version)
     assert hosts.running_version() == version
+
+
+def put_back(version: str) -> None:
+    """The hosts on, their settings as they should be, this version running."""
+    if hosts.SETTINGS.provider == "docker":
+        hosts.power_on(*hosts.HOSTS)
+    for script in (["deploy.py"], ["release.py", "--data", f"version={version}"]):
+        run = hosts.pyinfra(*script)
+        print(f"putting the lab back: {' '.join(script)}: exit code {run.code}\n{run.output[-2000:]}")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.load import Load, Result
+from tests.load import Answer, Load, Result
 
 Handler = Callable[[socket.socket, str, bytes], bool]
 """Gets the connection, the request's path and body; True keeps the connection."""
@@ -229,6 +229,21 @@ def test_the_rate_is_held() -> None:
             while load.result.sent < 50:
                 load.stopped.wait(0.005)
     assert 40 <= load.result.sent / load.result.seconds <= 55
+
+
+def test_each_answer_is_told() -> None:
+    def handler(connection: socket.socket, path: str, body: bytes) -> bool:
+        connection.sendall(right_answer(path, body))
+        return path != "/echo"
+
+    told: list[Answer] = []
+    with serving(handler) as server:
+        result = run(server.url, 60, versions={"0.0.3"}, tell=told.append)
+    assert len(told) == result.sent
+    assert sum(a.failure is not None for a in told) == result.failed > 0
+    assert {a.method for a in told} == {"GET", "POST"}
+    assert {a.connection for a in told} == {"kept", "new"}
+    assert [a.start for a in told if a.start < 0 or a.seconds < 0] == []
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,14 @@ def test_without_a_leaders_view_nobody_is_called_sick(cluster: Cluster, health: 
     assert cluster.gate(1) == "no leader that knows the servers yet"
 
 
+def test_a_client_is_no_sick_server(cluster: Cluster) -> None:
+    """Autopilot does not know it, and it has no log to ask for."""
+    client = member(4, NETWORK[cluster.tool])
+    client.groups.remove("servers")
+    cluster.raft["worker-04"] = KeyError("raft")
+    assert not cluster.quorum.sick(client)
+
+
 @pytest.mark.parametrize("raft", [STARTING, SEARCHING])
 def test_autopilots_old_view_opens_no_gate(cluster: Cluster, raft: dict[str, str]) -> None:
     cluster.raft["worker-03"] = raft
