@@ -163,7 +163,7 @@ def _container(host: str) -> str:
 @contextmanager
 def frozen_registries(*workers: str) -> Iterator[None]:
     """They take connections and never answer."""
-    registry = "$(docker ps --quiet --filter name=^registry)"
+    registry = "$(docker ps --quiet --filter name=registry)"  # with `secure` there are two
     on_all(list(workers), f"docker pause {registry}")
     try:
         yield

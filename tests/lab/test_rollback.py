@@ -21,7 +21,7 @@ WORKERS = hosts.names("workers")
 PRUNE = "Delete the versions that are not needed any more"
 IMAGE = f"127.0.0.1:{knobs.registry_port}/{knobs.app_name}"
 # What a release prints while old and new instances serve together.
-MIDDLE = "instances healthy" if hosts.SCHEDULER == "nomad" else f"waiting 5 s for {knobs.app_name}-"
+MIDDLE = "instances healthy" if hosts.SCHEDULER == "nomad" else "HAProxy to let go of"
 
 
 @pytest.fixture
@@ -107,9 +107,13 @@ def test_a_way_back_that_one_worker_lost(other: str) -> None:
 
 def test_old_versions_go(as_found: str, other: str) -> None:
     """After a release, from each registry and Docker, but for the last two. What was deleted stays so."""
-    copy = "skopeo copy --quiet --format oci --src-tls-verify=false --dest-tls-verify=false"
-    for name in WORKERS[:2]:  # the same layers in another manifest, which is another image
-        hosts.on(name, f"{copy} docker://{IMAGE}:{as_found} docker://{IMAGE}:0.0.1")
+    # The same layers in another manifest, which is another image.
+    copy = (
+        ". /etc/registry-sync.conf; app=docker://$ADDRESS:$PORT/$REPOSITORY;"
+        ' skopeo copy --quiet --format oci "${COPY_TLS[@]}" $app:%s $app:0.0.1'
+    )
+    for name in WORKERS[:2]:
+        hosts.on(name, copy % as_found)
     run = release(as_found, "--data=registry_keep_versions=2")
     assert (run.code, list(run.changed)) == (0, [PRUNE]), run.output
     held = f"docker images --quiet {IMAGE} | sort -u | wc -l"
