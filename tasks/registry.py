@@ -40,6 +40,12 @@ def configure() -> None:
     )
 
 
+def trust(pem: str) -> None:
+    """While the CA is changed."""
+    files = registry_access.trusted(host.data, pem)
+    config.write(name="Write which CA the registry's clients trust", files=files)
+
+
 @deploy("Registry")
 def install() -> None:
     rolling.restart_if_stale(

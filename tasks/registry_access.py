@@ -44,15 +44,20 @@ def files(member: Host) -> list[config.File]:
     if not data.secure:
         return []
     where, pair = secrets.folder(data), certificates.certificate(member, "registry")
-    ca, secret = certificates.ca(where), secrets.password(where, "registry")
+    secret = secrets.password(where, "registry")
     content = {
         **dict(zip(READS_AT_START, (pair.pem, pair.key, f"{USER}:{_hash(secret)}\n"), strict=True)),
         f"{CLIENT}/config.json": _logins(data, secret),
-        f"{CLIENT}/ca.crt": ca,
-        # Docker has no option for it. The names of these folders are the registries'.
-        f"/etc/docker/certs.d/{data.address}:{data.registry_port}/ca.crt": ca,
     }
-    return [config.File(path, text, mode="600") for path, text in content.items()]
+    private = [config.File(path, text, mode="600") for path, text in content.items()]
+    return [*private, *trusted(data, certificates.ca(where))]
+
+
+def trusted(data: HostData, pem: str) -> list[config.File]:
+    """Whose registries Docker and skopeo write to. Docker has no option for it: the folder's name is the
+    registry's."""
+    folders = (CLIENT, f"/etc/docker/certs.d/{data.address}:{data.registry_port}")
+    return [config.File(f"{folder}/ca.crt", pem, mode="600") for folder in folders]
 
 
 @cache

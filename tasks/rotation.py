@@ -22,6 +22,7 @@ from tasks import (
     nomad,
     nomad_acl,
     nomad_keyring,
+    registry,
     rolling,
     secrets,
 )
@@ -93,14 +94,25 @@ def tokens() -> None:
 def ca() -> None:
     """Trust both, use the next, trust the next alone: a barrier after each, as pyinfra has it."""
     where = secrets.folder(host.data)
+    is_worker = "workers" in host.groups
     base.trust(certificates.ca(where))
+    if is_worker:
+        registry.trust(certificates.ca(where))
     _read_again()
     finish(name="Sign with the next CA from here on", file="ca.key")
     consul.renew()
-    if "workers" in host.groups and host.data.scheduler == "nomad":
+    if is_worker and host.data.scheduler == "nomad":
         nomad.install()
     _read_again()
+    if is_worker:
+        registry.configure()
+        registry.run()
+    if "proxies" in host.groups:
+        haproxy.install()
+    haproxy.roll()
     base.trust(certificates.next_ca(where))
+    if is_worker:
+        registry.trust(certificates.next_ca(where))
     _read_again()
     finish(name="Trust the next CA alone", file="ca.pem")
 

@@ -137,7 +137,7 @@ def test_consul_has_what_runs(host: Host, containers: list[dict[str, Any]]) -> N
 @only_with_docker
 def test_service_file_is_consuls(host: Host) -> None:
     file = host.file("/etc/consul.d/app.json")
-    assert (file.mode, file.user, file.group) == (0o640, "consul", "consul")
+    assert (file.mode, file.user, file.group) == (0o600, "consul", "consul")
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ def test_release_refuses(arguments: list[str], line: str) -> None:
 @pytest.mark.parametrize(
     ("argument", "line"),
     [
-        ("only=haproxy,dsn", "only=haproxy,dsn: no role dsn; roles: base, consul, .*, haproxy"),
+        ("only=haproxy,dsn", "only=haproxy,dsn: no role dsn; roles: base, firewall, consul, .*, haproxy"),
         ("consul_version=1.0.0", r"consul [0-9.]+ is newer than 1\.0\.0; set consul_version to"),
     ],
 )

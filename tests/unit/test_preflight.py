@@ -55,7 +55,7 @@ def test_what_was_never_secured_may_stay_so(pyinfra: Pyinfra) -> None:
 
 def test_an_unknown_role_lists_the_roles(pyinfra: Pyinfra) -> None:
     run = pyinfra(ROOT / "deploy.py", "--data", "only=haproxy,dsn,x", state={})
-    roles = "base, consul, docker, dns, nomad, registry, haproxy, keepalived"
+    roles = "base, firewall, consul, docker, dns, nomad, registry, haproxy, keepalived"
     assert refusal(run).startswith(f"only=haproxy,dsn,x: no role dsn, x; roles: {roles}")
 
 
