@@ -20,9 +20,10 @@ from tests.lab import hosts
 from tests.lab.test_proxies import VIP, settled
 from tests.lab.test_release import SICK, copy_of_app
 
-pytestmark = pytest.mark.skipif(
-    hosts.SETTINGS.provider != "docker", reason="reaches into Docker's hosts without SSH"
-)
+pytestmark = [
+    pytest.mark.skipif(hosts.SETTINGS.provider != "docker", reason="reaches into Docker's hosts without SSH"),
+    pytest.mark.once,
+]
 VERSIONS = ("0.0.2", "0.0.3")
 COUNT = knobs.app_count if hosts.SCHEDULER == "nomad" else len(hosts.names("workers"))
 WHOLE_S = 240

@@ -162,6 +162,7 @@ def test_registry_that_is_down() -> None:
         refused(line, "release.py", "--data=version=0.9.9")
 
 
+@pytest.mark.once
 def test_unhealthy_quorum() -> None:
     """The sick server takes no part in this run, so the new configuration stops nothing healthy. Nor
     does it at once, before Consul itself has noticed."""
