@@ -146,7 +146,7 @@ def test_a_connection_closed_while_idle_is_replaced_and_is_no_failure() -> None:
         return False
 
     with serving(handler) as server:
-        load = Load(server.url, rate=20, threads=1)
+        load = Load(server.url, rate=10, threads=1)
         with load:
             while load.result.sent < 10:
                 load.stopped.wait(0.005)

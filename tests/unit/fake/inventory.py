@@ -6,7 +6,9 @@ from tests.unit.fake import world
 
 
 def _host(name: str, address: str) -> tuple[str, dict[str, Any]]:
-    return f"@fake/{name}", {"address": address, "secrets_folder": str(world.FOLDER / "secrets")}
+    # Images of ours would have to be in the cache of whoever runs the tests.
+    images = {"registry_image": "registry:2", "app_base_image": "debian:12"}
+    return f"@fake/{name}", {"address": address, "secrets_folder": str(world.FOLDER / "secrets"), **images}
 
 
 workers = [
