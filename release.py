@@ -13,7 +13,7 @@ preflight.check_hosts()
 preflight.check_workers()
 cluster.act_as("release", host.data)
 distribute.notice_loss()
-if host.name == rolling.members("workers")[0].name:
+if rolling.leads("workers"):
     app.check(version)
     prune.check()
 

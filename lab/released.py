@@ -24,6 +24,6 @@ def _in_docker() -> bool:
 
 
 preflight.check_workers()
-if host.name == rolling.members("workers")[0].name:
+if rolling.leads("workers"):
     found = _in_nomad() if host.data.scheduler == "nomad" else _in_docker()
     print(f"released: {'yes' if found else 'no'}")

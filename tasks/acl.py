@@ -26,9 +26,6 @@ from tasks import rolling, secrets
 from tasks.cluster import Unavailable, consul_api, wait_until
 
 PREFIX = "hashistack-"  # of our policies' names
-REFUSED = (
-    "it refuses token-consul-bootstrap of secrets_folder: the cluster was made with another one, restore that"
-)
 
 
 def _rules(**resources: dict[str, str]) -> str:
@@ -145,7 +142,7 @@ def _not_bootstrapped() -> str | None:
         with consul_api(host) as api:
             api.acl.tokens.self()
     except ACLPermissionDenied:
-        return REFUSED
+        return secrets.refused("consul-bootstrap")
     return None
 
 

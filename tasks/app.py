@@ -139,7 +139,7 @@ def roll(version: str) -> Generator[FunctionCommand]:
 
     Called on each worker and done by the first one left, so the loss of one does not end it.
     """
-    if host.name != rolling.members("workers")[0].name:
+    if not rolling.leads("workers"):
         host.noop("another worker leads")
     elif settled(version):
         logger.info(f"{host.print_prefix}{version} runs as it should: nothing to do")

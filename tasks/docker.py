@@ -56,7 +56,7 @@ def roll() -> None:
         take_back_if_drained(name="Let Nomad use this worker again where a run was interrupted")
     else:
         containers.resume_if_paused(name="Serve again where a run was interrupted")
-    if host.name == rolling.members("workers")[0].name:
+    if rolling.leads("workers"):
         rolling.roll(name="Restart Docker where it is stale, one host at a time", service=SERVICE)
 
 

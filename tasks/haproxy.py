@@ -67,7 +67,7 @@ def install() -> None:
 def roll() -> None:
     """One proxy at a time for a changed template: one that HAProxy refuses stops at the first proxy."""
     # One of them: on another host it would not wait for what a proxy still has to do.
-    if host in rolling.members("proxies")[:1]:
+    if rolling.leads("proxies"):
         rolling.roll(name="Restart consul-template where it is stale, one proxy at a time", service=SERVICE)
     if "proxies" in host.groups:
         rolling.wait_until_healthy(

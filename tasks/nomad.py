@@ -75,7 +75,7 @@ def start() -> None:
 @deploy("Nomad")
 def roll() -> None:
     """One host at a time for what runs with an older binary or configuration, the leader last."""
-    if host.name != rolling.members("workers")[0].name:
+    if not rolling.leads("workers"):
         return
     if host.data.secure and nomad_acl.missing(host.data):
         # Before the first roll, whose gates ask what takes TLS and a token.

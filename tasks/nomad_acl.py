@@ -22,9 +22,6 @@ from pyinfra.api.state import State
 from tasks import secrets
 from tasks.cluster import Unavailable, nomad_api
 
-REFUSED = (
-    "it refuses token-nomad-bootstrap of secrets_folder: the cluster was made with another one, restore that"
-)
 # Nomad's own services that are not the app: the release token has no rights there.
 PLATFORM = "platform"
 
@@ -128,7 +125,7 @@ def _bootstrap(api: Nomad) -> str | None:
     except BaseNomadException as error:
         if "already done" not in str(getattr(error.nomad_resp, "text", "")):
             raise
-        return REFUSED
+        return secrets.refused("nomad-bootstrap")
     return None
 
 

@@ -64,7 +64,7 @@ def prune() -> Generator[FunctionCommand]:
     The lock must be held: no build may push while a registry looks which layers are still used. What
     fails is only said, since the release itself is done.
     """
-    if host.name != rolling.members("workers")[0].name:
+    if not rolling.leads("workers"):
         host.noop("another worker leads")
         return
     digests = _unneeded()

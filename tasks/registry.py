@@ -92,7 +92,7 @@ def run() -> None:
     """One on each worker; Nomad sees to those to come, too."""
     if host.data.scheduler == "docker":
         containers.run_registry()
-    leads = host.name == rolling.members("workers")[0].name
+    leads = rolling.leads("workers")
     if leads and host.data.scheduler == "nomad":
         rolling.change_by_api(name="Run a registry on each worker", differs=_job_differs, change=_register)
     take_new_certificate(name="Restart a registry whose certificate is newer")

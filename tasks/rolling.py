@@ -121,6 +121,11 @@ def driver() -> bool:
     return host.name == min(member.name for member in state.active_hosts)
 
 
+def leads(group: str) -> bool:
+    """True for one host of the group: the first by name in this run. See driver."""
+    return [host.name] == [member.name for member in members(group)[:1]]
+
+
 def leaves_it_to_another() -> bool:
     """True, and noted, on all hosts but the driver. For an operation that one host carries out, and that
     every host calls: what comes after it on another host would not wait for it, nor it for what was before.

@@ -59,7 +59,7 @@ def _gossip_keys() -> list[str]:
 def gossip() -> None:
     """The key ring of the running members first; the files serve who joins later."""
     by_nomad = host.data.scheduler == "nomad"
-    leads_nomad = by_nomad and host.name == rolling.members("workers")[0].name
+    leads_nomad = by_nomad and rolling.leads("workers")
     consul.use_next_gossip_key(name="Let every member of Consul use the next gossip key")
     if leads_nomad:
         nomad_keyring.use_next_gossip_key(name="Let every server of Nomad use the next gossip key")
@@ -86,7 +86,7 @@ def tokens() -> None:
     if "proxies" in host.groups:
         haproxy.install()
     haproxy.roll()
-    if by_nomad and host.name == rolling.members("workers")[0].name:
+    if by_nomad and rolling.leads("workers"):
         nomad_acl.replace_tokens(name="Replace Nomad's tokens")
     acl.forget_old_tokens(name="Let Consul forget the tokens before")
 

@@ -94,6 +94,11 @@ def own_token(where: Path, name: str) -> str:
     return read(where, f"token-{name}")
 
 
+def refused(name: str) -> str:
+    """What to say when the cluster does not know a token of ours. name: as for token."""
+    return f"it refuses token-{name} of secrets_folder: the cluster was made with another one, restore that"
+
+
 def agent_token(where: Path, node: str, key: str = "") -> str:
     """The token of the Consul agent on `node`: a UUID of its own, derived, so that hosts may come and go."""
     key = key or token(where, "consul-agent")
